@@ -1,0 +1,22 @@
+"""Dense Huginn 3.5 B (3.565 B parameters): the shape of huginn-0125, for comparison and for fine-tuning.
+
+    python train_jax.py --config configs/huginn_3_5b.py --data.path HUGINN_DATASET/train \
+        --data.validation_path HUGINN_DATASET/val --data.tokenizer TOKENIZER_FOLDER
+
+Data and schedule as in moe_3_8b.py.
+Hardware: float32 weights and moments take 43 GB before activations, so one 80 GB GPU is the least.
+Expected result: the public run's, arXiv 2502.05171; not repeated here.
+"""
+
+from jax_huginn.config.schema import Config, ModelConfig, MoEConfig, OptimizerConfig, RecurrenceConfig, TrainConfig
+
+
+def get_config() -> Config:
+    return Config(
+        run_dir="runs/huginn_3_5b",
+        model=ModelConfig(width=5280, heads=55, kv_heads=55, mlp_width=17920),
+        moe=MoEConfig(experts=0),
+        recurrence=RecurrenceConfig(mean=32, backprop_depth=8),
+        train=TrainConfig(steps=47_684, batch_size=4096, sequence_length=4096, micro_batches=4096),
+        optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=4096),
+    )

@@ -1,0 +1,22 @@
+"""MoE-Huginn 3.8 B (3.82 B parameters): the public Huginn's shape with 8 routed and 1 shared expert at the injection.
+
+    python train_jax.py --config configs/moe_3_8b.py --data.path HUGINN_DATASET/train \
+        --data.validation_path HUGINN_DATASET/val --data.tokenizer TOKENIZER_FOLDER
+
+Data: rows of 4097 tokens (tomg-group-umd/huginn-dataset), 4096 rows a step, 47 684 steps = 800 B tokens.
+Hardware: float32 weights and moments take 46 GB before activations, so one 80 GB GPU is the least.
+Expected result: not known; nobody has trained it. Rate, warmup and clipping are those of the public dense run.
+"""
+
+from jax_huginn.config.schema import Config, ModelConfig, MoEConfig, OptimizerConfig, RecurrenceConfig, TrainConfig
+
+
+def get_config() -> Config:
+    return Config(
+        run_dir="runs/moe_3_8b",
+        model=ModelConfig(width=5280, heads=55, kv_heads=55, mlp_width=17920),
+        moe=MoEConfig(experts=8, active=2, width=1792),
+        recurrence=RecurrenceConfig(mean=32, backprop_depth=8),
+        train=TrainConfig(steps=47_684, batch_size=4096, sequence_length=4096, micro_batches=4096),
+        optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=4096),
+    )

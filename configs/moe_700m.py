@@ -1,0 +1,23 @@
+"""MoE-Huginn 700 M (0.71 B parameters): width 2048, 8 routed and 1 shared expert at the injection.
+
+    python train_jax.py --config configs/moe_700m.py --data.path HUGINN_DATASET/train \
+        --data.validation_path HUGINN_DATASET/val --data.tokenizer TOKENIZER_FOLDER
+
+Data: rows of 4097 tokens (tomg-group-umd/huginn-dataset), 512 rows a step, 47 684 steps = 100 B tokens.
+Hardware: float32 weights and moments take 8.5 GB before activations; one GPU of 24 GB or more.
+Expected result: not known; nobody has trained it.
+"""
+
+import dataclasses
+
+from jax_huginn.config.presets import MoEHuginnConfig700M
+from jax_huginn.config.schema import Config, OptimizerConfig, TrainConfig
+
+
+def get_config() -> Config:
+    return dataclasses.replace(
+        MoEHuginnConfig700M(),
+        run_dir="runs/moe_700m",
+        train=TrainConfig(steps=47_684, batch_size=512, sequence_length=4096, micro_batches=128),
+        optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=4096),
+    )

@@ -1,0 +1,1 @@
+"""Configuration: the knobs (`schema`) and the command line that sets them (`cli`)."""

@@ -1,0 +1,106 @@
+"""The command line of training: a preset file, then overrides of single fields, by tyro."""
+
+import dataclasses
+import difflib
+import importlib.util
+import io
+import re
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+from jax_huginn.config.schema import Config, ConfigError
+
+
+def load_preset(path: str) -> Config:
+    """The `Config` that a preset file's `get_config()` returns."""
+    file = Path(path)
+    if not file.is_file():
+        known = ", ".join(sorted(str(preset) for preset in Path("configs").glob("*.py")))
+        raise ConfigError(f"no config file at {path}" + (f"; there are {known}" if known else ""))
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"config file {path} fails to load: {type(error).__name__}: {error}") from error
+    get_config: Callable[[], Any] | None = getattr(module, "get_config", None)
+    config = get_config() if callable(get_config) else None
+    if not isinstance(config, Config):
+        raise ConfigError(f"config file {path} must define get_config() returning a jax_huginn Config")
+    return config
+
+
+def parse_config(arguments: Sequence[str]) -> Config:
+    """`--config FILE [--section.field value ...]` as a validated `Config`.
+
+    Raises:
+        ConfigError: an unknown option, with the nearest known one, or a value that cannot work.
+        SystemExit: after `--help`.
+    """
+    import tyro
+
+    path, overrides = _split_config_option(list(arguments))
+    default = load_preset(path)
+    overrides = [re.sub(r"^(--[^=]+=)?(?i:(true|false))$", _capitalized, word) for word in overrides]
+    if {"-h", "--help"} & set(overrides):
+        return tyro.cli(Config, args=overrides, default=default, config=(tyro.conf.FlagConversionOff,))
+    errors = io.StringIO()
+    try:
+        # tyro draws a box around what is wrong; the mission is one line, so the box is read and retold.
+        with redirect_stderr(errors):
+            return tyro.cli(Config, args=overrides, default=default, config=(tyro.conf.FlagConversionOff,))
+    except SystemExit:
+        raise ConfigError(_one_line(errors.getvalue(), overrides, default)) from None
+
+
+def _split_config_option(arguments: list[str]) -> tuple[str, list[str]]:
+    for index, word in enumerate(arguments):
+        if word == "--config" and index + 1 < len(arguments):
+            return arguments[index + 1], arguments[:index] + arguments[index + 2 :]
+        if word.startswith("--config="):
+            return word.removeprefix("--config="), arguments[:index] + arguments[index + 1 :]
+    raise ConfigError("name a config file, for example --config configs/moe.py")
+
+
+def _capitalized(match: re.Match[str]) -> str:
+    return (match.group(1) or "") + match.group(2).capitalize()
+
+
+def _one_line(box: str, overrides: list[str], default: Config) -> str:
+    known = _option_names(default)
+    for word in overrides:
+        name = word.split("=")[0].replace("-", "_").replace("__", "--", 1) if word.startswith("--") else ""
+        if name and name not in known:
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            return f"unknown option {word.split('=')[0]}" + (f"; did you mean {close[0]}?" if close else "")
+    text = re.sub(r"[╭╮╰╯│─\s]+", " ", box).strip()
+    text = re.split(r" Argument helptext: | For full helptext", text)[0]
+    return re.sub(r"^.*?Error parsing (?!--)\S+: |^(Value error Error|Invalid choice|Missing argument|Unrecognized options) ", "", text)
+
+
+def _option_names(section: Any, prefix: str = "--") -> list[str]:
+    names = []
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            names += _option_names(value, f"{prefix}{field.name}.")
+        else:
+            names.append(prefix + field.name)
+    return names
+
+
+def main(run: Callable[[Config], None]) -> None:
+    """Parse `sys.argv`, run, and turn a user's mistake into one line on stderr and exit status 2."""
+    try:
+        run(parse_config(sys.argv[1:]))
+    except ValueError as error:
+        if type(error) is ValueError:
+            raise  # a fault of the program: keep the traceback
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

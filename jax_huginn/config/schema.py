@@ -1,0 +1,340 @@
+"""Every knob of a run, as frozen dataclasses that check themselves when they are built.
+
+A preset is a Python file in `configs/` whose `get_config()` returns a `Config`; the command line
+overrides single fields (`--train.steps 10`). A value that cannot work raises `ConfigError`, which names
+the field and the value, before anything is compiled. The text under a field is what `--help` prints.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_type_hints
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot work; its text is one line naming the field, the value and the mend."""
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _require_positive(section: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value > 0, f"{section}.{name}={value} must be positive")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the dense part (arXiv 2502.05171, section 3 and table 1)."""
+
+    vocab_size: int = 65536
+    """Rows of the tied embedding (V). A tokenizer may define fewer tokens, never more."""
+    width: int = 5280
+    """Width of the residual stream and of the latent state (D)."""
+    heads: int = 55
+    """Query heads (H); a head is width / heads wide."""
+    kv_heads: int = 55
+    """Key and value heads (G), a divisor of `heads`; fewer than `heads` is grouped-query attention."""
+    mlp_width: int = 17920
+    """Hidden width of the gated MLP (F)."""
+    prelude_layers: int = 2
+    """Sandwich blocks that embed the tokens (P)."""
+    core_layers: int = 4
+    """Sandwich blocks inside one recurrence (C)."""
+    coda_layers: int = 2
+    """Sandwich blocks that read the answer out (T)."""
+    max_length: int = 4096
+    """Longest sequence in tokens that the model is made for (the exported `block_size`)."""
+    norm_eps: float = 1e-6
+    """Epsilon inside every RMSNorm."""
+    rope_base: float = 50_000.0
+    """Base of the rotary embedding's wavelengths."""
+    dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
+    """Arithmetic of activations and matmuls; norms, RoPE, router and loss use at least float32."""
+    param_dtype: Literal["float32", "float64"] = "float32"
+    """Type in which weights are kept and updated (master weights)."""
+    attention: Literal["auto", "xla", "cudnn", "einsum"] = "auto"
+    """Attention kernel. auto: cudnn for 16-bit types on NVIDIA, xla elsewhere, einsum for float64."""
+    remat: Literal["none", "dots", "full"] = "full"
+    """What the backward pass of a block recomputes: nothing, all but its matmuls, everything."""
+    loss_chunk: int = 2048
+    """Tokens whose logits exist at once in training; the (B,S,V) logits never do."""
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head (K)."""
+        return self.width // self.heads
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            "model", self, "vocab_size", "width", "heads", "kv_heads", "mlp_width", "core_layers", "max_length",
+            "norm_eps", "rope_base", "loss_chunk",
+        )  # fmt: skip
+        require(self.prelude_layers >= 0, f"model.prelude_layers={self.prelude_layers} must not be negative")
+        require(self.coda_layers >= 0, f"model.coda_layers={self.coda_layers} must not be negative")
+        require(
+            self.width % self.heads == 0,
+            f"model.width={self.width} must be divisible by model.heads={self.heads}",
+        )
+        require(
+            self.head_dim % 2 == 0,
+            f"model.width={self.width} over model.heads={self.heads} gives heads of {self.head_dim}; RoPE turns "
+            "pairs, so the head width must be even",
+        )
+        require(
+            self.heads % self.kv_heads == 0,
+            f"model.heads={self.heads} must be divisible by model.kv_heads={self.kv_heads}",
+        )
+        require(
+            self.dtype != "float64" or self.attention in ("auto", "einsum"),
+            f"model.attention={self.attention} computes its softmax in float32; with model.dtype=float64 use einsum",
+        )
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Shared-expert Mixture of Experts: one expert sees every token, `active` of `experts` routed ones see theirs."""
+
+    experts: int = 8
+    """Routed experts (E); 0 makes a dense model."""
+    active: int = 2
+    """Routed experts that a token visits (A, top-k)."""
+    width: int = 1792
+    """Hidden width of each expert, the shared one included (M)."""
+    placement: Literal["injection", "core"] = "injection"
+    """injection: once, on the embedding that every recurrence receives. core: in place of each core block's MLP."""
+    residual: bool = False
+    """Add the MoE's output to its input before its norm (placement injection); used to upcycle a dense model."""
+    balance_weight: float = 0.01
+    """Weight of the load-balance loss, which is 1 when balanced."""
+    z_weight: float = 0.0
+    """Weight of the router z-loss, the mean squared logsumexp of the router's logits."""
+
+    def __post_init__(self) -> None:
+        require(self.experts >= 0, f"moe.experts={self.experts} must not be negative; 0 makes a dense model")
+        if self.experts == 0:
+            return
+        _require_positive("moe", self, "active", "width")
+        require(
+            self.active <= self.experts,
+            f"moe.active={self.active} is more than moe.experts={self.experts}",
+        )
+        require(
+            not (self.residual and self.placement == "core"),
+            "moe.residual=true belongs to moe.placement=injection: a core block adds its own residual",
+        )
+        for name in ("balance_weight", "z_weight"):
+            value = getattr(self, name)
+            require(value >= 0, f"moe.{name}={value} must not be negative")
+
+
+@dataclass(frozen=True)
+class RecurrenceConfig:
+    """How deep training thinks (arXiv 2502.05171, section 3.3)."""
+
+    mean: int = 32
+    """Mean number of recurrences (r)."""
+    backprop_depth: int = 8
+    """Recurrences at the end through which gradients flow (k_max)."""
+    scheme: Literal["poisson-lognormal-filling", "fixed"] = "poisson-lognormal-filling"
+    """Law of the sampled depth. fixed: always `mean` recurrences."""
+    curriculum: int = 0
+    """Micro-batches over which depth and backpropagation depth ramp up linearly; 0 starts at full depth."""
+
+    def __post_init__(self) -> None:
+        _require_positive("recurrence", self, "mean", "backprop_depth")
+        require(self.curriculum >= 0, f"recurrence.curriculum={self.curriculum} must not be negative")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run's length, batch and seed."""
+
+    steps: int = 47_684
+    """Optimiser steps."""
+    batch_size: int = 4096
+    """Sequences per step, over all devices and micro-batches."""
+    sequence_length: int = 4096
+    """Tokens per sequence."""
+    micro_batches: int = 1
+    """Parts of the batch that are computed one after the other, each with a sampled depth of its own."""
+    seed: int = 0
+    """Seed of the weights, the depths, the initial states and the order of the data."""
+    deterministic: bool = False
+    """Ask XLA for bit-reproducible GPU kernels, at some cost in speed. CPUs are always reproducible."""
+
+    def __post_init__(self) -> None:
+        _require_positive("train", self, "steps", "batch_size", "sequence_length", "micro_batches")
+        require(0 <= self.seed < 2**32, f"train.seed={self.seed} must lie in [0, 2**32)")
+        require(
+            self.batch_size % self.micro_batches == 0,
+            f"train.batch_size={self.batch_size} must be divisible by train.micro_batches={self.micro_batches}",
+        )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule (arXiv 2502.05171, section 4.3: constant rate after warmup, clip at 1)."""
+
+    learning_rate: float = 5e-4
+    """Peak learning rate."""
+    schedule: Literal["trapezoid", "cosine"] = "trapezoid"
+    """trapezoid: warmup, constant, linear cooldown. cosine: warmup, then a half cosine."""
+    warmup_steps: int = 4096
+    """Steps of linear warmup from 0; a run shorter than its warmup and cooldown cuts them off."""
+    cooldown_steps: int = 0
+    """Steps of linear cooldown at the end (trapezoid)."""
+    final_fraction: float = 0.0
+    """Learning rate at the end as a fraction of the peak (cooldown or cosine)."""
+    b1: float = 0.9
+    """Decay of the first moment."""
+    b2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay on matrices; norms and biases are never decayed."""
+    clip_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down."""
+
+    def __post_init__(self) -> None:
+        _require_positive("optimizer", self, "learning_rate", "eps", "clip_norm")
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"optimizer.{name}={value} must lie in [0, 1)")
+        for name in ("warmup_steps", "cooldown_steps", "final_fraction", "weight_decay"):
+            value = getattr(self, name)
+            require(value >= 0, f"optimizer.{name}={value} must not be negative")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the tokens come from."""
+
+    source: Literal["stdlib", "text", "parquet"] = "parquet"
+    """stdlib: the sources of this Python's standard library. text: .txt, .jsonl and .py files. parquet: token rows."""
+    path: str = ""
+    """Folder (searched recursively) or file of the source; unused by stdlib."""
+    validation_path: str = ""
+    """Folder or file of held-out rows (parquet). Empty: every file whose name hashes to the validation share."""
+    validation_fraction: float = 0.05
+    """Share of files held out for validation, chosen by a hash of the relative path."""
+    tokenizer: str = ""
+    """Hugging Face tokenizer folder or name. Empty: a byte-level BPE trained on the training files (text sources)."""
+    streams: int = 8
+    """Virtual streams that define the order of the data; stream i reads files i, i + streams, ..."""
+    shuffle_window: int = 256
+    """Rows within which each stream is shuffled; 1 keeps the files' order."""
+    prefetch: int = 4
+    """Batches prepared ahead of the device."""
+
+    def __post_init__(self) -> None:
+        _require_positive("data", self, "streams", "shuffle_window", "prefetch")
+        require(
+            0 <= self.validation_fraction < 1,
+            f"data.validation_fraction={self.validation_fraction} must lie in [0, 1)",
+        )
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Held-out loss at several depths of thought."""
+
+    every: int = 500
+    """Steps between validations; 0 validates at the last step only."""
+    batches: int = 8
+    """Held-out batches of train.batch_size sequences."""
+    depths: tuple[int, ...] = (1, 4, 8, 16, 32)
+    """Recurrences at which the held-out loss is measured."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, f"validation.every={self.every} must not be negative")
+        _require_positive("validation", self, "batches")
+        require(
+            len(self.depths) > 0 and min(self.depths) > 0,
+            f"validation.depths={self.depths} must be one or more positive recurrences",
+        )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints in RUN/checkpoints/<step>/."""
+
+    every: int = 1000
+    """Steps between checkpoints; one is always written at the last step."""
+    keep: int = 3
+    """Newest checkpoints that are kept."""
+    resume: bool = True
+    """Go on from the newest checkpoint of the run folder."""
+    overwrite: bool = False
+    """With resume false: delete the run folder's earlier results."""
+
+    def __post_init__(self) -> None:
+        _require_positive("checkpoint", self, "every", "keep")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Console, RUN/metrics.jsonl, TensorBoard and Weights & Biases."""
+
+    every: int = 10
+    """Steps between full records (routing, recurrence, speed); the loss is written for every step."""
+    tensorboard: bool = True
+    """Write TensorBoard events into RUN/tensorboard."""
+    wandb: bool = False
+    """Log to Weights & Biases (extra `wandb`; WANDB_MODE=offline works)."""
+    wandb_project: str = "moe-huginn"
+    """Weights & Biases project."""
+
+    def __post_init__(self) -> None:
+        _require_positive("log", self, "every")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run: `MoEHuginnModel(config)` reads `model`, `moe` and `recurrence`, training reads the rest."""
+
+    run_dir: str = "runs/default"
+    """Folder of this run: config.json, metrics.jsonl, checkpoints, tokenizer, TensorBoard events."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    recurrence: RecurrenceConfig = field(default_factory=RecurrenceConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            self.train.sequence_length <= self.model.max_length,
+            f"train.sequence_length={self.train.sequence_length} is more than model.max_length={self.model.max_length}",
+        )
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config or a section as plain JSON types."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict[str, Any], cls: type = Config, where: str = "") -> Any:
+    """The inverse of `to_dict`; an unknown or ill-typed field raises `ConfigError` naming it."""
+    require(isinstance(values, dict), f"{where or 'config'} must be an object, not {type(values).__name__}")
+    hints = get_type_hints(cls)
+    arguments = {}
+    for name, value in values.items():
+        require(name in hints, f"unknown field {where}{name}={value!r}")
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            value = from_dict(value, hint, f"{where}{name}.")  # pyright: ignore[reportArgumentType]
+        elif isinstance(value, list):
+            value = tuple(value)
+        arguments[name] = value
+    try:
+        return cls(**arguments)
+    except TypeError as error:
+        raise ConfigError(f"{where or 'config '}cannot be read: {error}") from None
+

@@ -1,0 +1,65 @@
+"""Takase initialisation (arXiv 2312.16903, as the public Huginn uses it) and the reproducible initial state."""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_huginn.config.schema import Config
+
+Initializer = Callable[[jax.Array, tuple[int, ...], jax.typing.DTypeLike], jax.Array]
+
+STATE_STD = math.sqrt(2 / 5)
+"""Std of s_0 before its truncation at three of them: sqrt(D) * sqrt(2 / (5 D)), whatever the width."""
+ROUTER_STD = 0.02
+
+
+def truncated_normal(std: float) -> Initializer:
+    """Normal of that std, cut at three of them on both sides."""
+
+    def initialize(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
+        return std * jax.random.truncated_normal(key, -3, 3, shape, dtype)
+
+    return initialize
+
+
+def matrix(config: Config) -> Initializer:
+    """Every matrix that is not an output projection, the embedding too: std sqrt(2 / (5 D))."""
+    return truncated_normal(math.sqrt(2 / (5 * config.model.width)))
+
+
+def output_projection(config: Config) -> Initializer:
+    """The last matrix of attention, MLP or expert: a matrix's std over sqrt(2 L), L the effective depth."""
+    model = config.model
+    depth = model.prelude_layers + model.core_layers * config.recurrence.mean + model.coda_layers
+    return truncated_normal(math.sqrt(2 / (5 * model.width)) / math.sqrt(2 * depth))
+
+
+def router(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
+    return ROUTER_STD * jax.random.normal(key, shape, dtype)
+
+
+def random_state(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
+    """s_0 for training. Drawn in float32, then cast, so that every dtype starts from the same state."""
+    return truncated_normal(STATE_STD)(key, shape, jnp.float32).astype(dtype)
+
+
+@functools.lru_cache(maxsize=4)
+def fixed_state(seed: int, length: int, width: int, start: int = 0) -> np.ndarray:
+    """s_0 outside training, shape (length, D), float32, for the absolute positions from `start` on.
+
+    A row depends on (seed, position) alone, so a score does not depend on batch, padding or caching. The same recipe
+    stands in `torch_reference/initial_state.py`, in NumPy too, and a parity test compares them bit for bit.
+    """
+    rows = np.empty((length, width), np.float32)
+    for row, position in enumerate(range(start, start + length)):
+        generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, position]))
+        draws = generator.standard_normal(width)
+        while (outside := np.abs(draws) > 3).any():
+            draws[outside] = generator.standard_normal(outside.sum())
+        rows[row] = draws * STATE_STD
+    rows.setflags(write=False)
+    return rows

@@ -1,0 +1,114 @@
+"""Shared-expert Mixture of Experts and its routing statistics.
+
+Shapes: B batch, S sequence, T = B*S tokens, D width, E routed experts, A experts per token, M expert hidden width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jax_huginn.config.schema import Config
+from jax_huginn.model import initializers
+from jax_huginn.ops.grouped_mlp import grouped_mlp
+from jax_huginn.ops.norm import at_least_float32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """What the router did with the tokens of one or, averaged, of several calls."""
+
+    counts_E: jax.Array
+    """Assignments that each expert received."""
+    first_choice_E: jax.Array
+    """Tokens whose highest logit was this expert's."""
+    probability_E: jax.Array
+    """Mean over tokens of the full softmax (P)."""
+    entropy: jax.Array
+    """Mean over tokens of the full softmax's entropy, nats."""
+    balance_loss: jax.Array
+    """E * sum_i f_i P_i, f the share of assignments; 1 when balanced."""
+    z_loss: jax.Array
+    """Mean over tokens of the squared logsumexp of the logits."""
+
+    @classmethod
+    def zeros(cls, experts: int, dtype: jax.typing.DTypeLike) -> Routing:
+        vector, scalar = jnp.zeros(experts, dtype), jnp.zeros((), dtype)
+        return cls(vector, vector, vector, scalar, scalar, scalar)
+
+    @classmethod
+    def combine(cls, parts: list[Routing]) -> Routing:
+        """One record of several calls: counts add up, means and losses are averaged."""
+        return cls.total(jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts), len(parts))
+
+    @classmethod
+    def total(cls, stacked: Routing, calls: int | jax.Array) -> Routing:
+        """Like `combine`, of records stacked on a leading axis of which `calls` are not zero."""
+        sums = jax.tree.map(lambda leaf: leaf.sum(axis=0), stacked)
+        means = jax.tree.map(lambda leaf: leaf / jnp.maximum(calls, 1), sums)
+        return dataclasses.replace(means, counts_E=sums.counts_E, first_choice_E=sums.first_choice_E)
+
+
+def route(x_TD: jax.Array, router_DE: jax.Array, active: int) -> tuple[jax.Array, jax.Array, Routing]:
+    """The top-A experts of each token on the logits, and the softmax over those A logits.
+
+    Returns the experts (T,A) int32, best first, their weights (T,A) and the statistics, all in at least float32.
+    """
+    dtype = at_least_float32(x_TD.dtype)
+    experts = router_DE.shape[1]
+    logits_TE = x_TD.astype(dtype) @ router_DE.astype(dtype)
+    chosen_TA, experts_TA = jax.lax.top_k(logits_TE, active)
+    log_normalizer_T1 = jax.nn.logsumexp(logits_TE, axis=-1, keepdims=True)
+    log_probability_TE = logits_TE - log_normalizer_T1
+    probability_TE = jnp.exp(log_probability_TE)
+    counts_E = jax.nn.one_hot(experts_TA, experts, dtype=dtype).sum(axis=(0, 1))
+    probability_E = probability_TE.mean(axis=0)
+    routing = Routing(
+        counts_E=counts_E,
+        first_choice_E=jax.nn.one_hot(experts_TA[:, 0], experts, dtype=dtype).sum(axis=0),
+        probability_E=probability_E,
+        entropy=-(probability_TE * log_probability_TE).sum(axis=-1).mean(),
+        balance_loss=experts * jnp.sum(counts_E / counts_E.sum() * probability_E),
+        z_loss=jnp.mean(log_normalizer_T1**2),
+    )
+    return experts_TA, jax.nn.softmax(chosen_TA, axis=-1), routing
+
+
+class Expert(nnx.Module):
+    """A SwiGLU expert, or a stack of them where `experts` is given: w_down(silu(w_gate x) * (w_up x))."""
+
+    def __init__(self, config: Config, rngs: nnx.Rngs, experts: tuple[int, ...] = ()):
+        width, hidden, dtype = config.model.width, config.moe.width, config.model.param_dtype
+        matrix, projection = initializers.matrix(config), initializers.output_projection(config)
+        self.w_gate = nnx.Param(matrix(rngs.params(), (*experts, width, hidden), dtype))
+        self.w_up = nnx.Param(matrix(rngs.params(), (*experts, width, hidden), dtype))
+        self.w_down = nnx.Param(projection(rngs.params(), (*experts, hidden, width), dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return (jax.nn.silu(x @ self.w_gate[...]) * (x @ self.w_up[...])) @ self.w_down[...]
+
+
+class MoE(nnx.Module):
+    """`shared(x) + sum_a p_a expert_a(x)` over the top-A experts of each token."""
+
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        shape = (config.model.width, config.moe.experts)
+        self.router = nnx.Param(initializers.router(rngs.params(), shape, config.model.param_dtype))
+        self.shared = Expert(config, rngs)
+        self.experts = Expert(config, rngs, (config.moe.experts,))
+        self.active = config.moe.active
+
+    def __call__(self, x_BSD: jax.Array) -> tuple[jax.Array, Routing]:
+        x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
+        with jax.named_scope("router"):
+            experts_TA, weights_TA, routing = route(x_TD, self.router[...], self.active)
+        with jax.named_scope("experts"):
+            weights = (self.experts.w_gate[...], self.experts.w_up[...], self.experts.w_down[...])
+            y_TD = grouped_mlp(x_TD, experts_TA, weights_TA, *weights)
+        with jax.named_scope("shared_expert"):
+            y_TD += self.shared(x_TD)
+        return y_TD.reshape(x_BSD.shape), routing

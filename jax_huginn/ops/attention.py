@@ -1,0 +1,44 @@
+"""Causal attention: one signature, the library's kernels, and a plain einsum as their oracle.
+
+Shapes: B batch, S sequence, H heads, K head width. Keys and values come already repeated to H heads, since
+Huginn's qk_bias is added after the repeat.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jax_huginn.ops.norm import at_least_float32
+
+
+def causal_attention_oracle(q_BSHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array) -> jax.Array:
+    """Softmax attention written out, at any precision: `jax.nn.dot_product_attention` keeps its softmax in
+    float32, which leaves float64 results off by 6e-8."""
+    dtype = at_least_float32(q_BSHK.dtype)
+    length = q_BSHK.shape[1]
+    scores = jnp.einsum("bshk,bthk->bhst", q_BSHK, k_BSHK, preferred_element_type=dtype) * q_BSHK.shape[-1] ** -0.5
+    causal = jnp.tril(jnp.ones((length, length), bool))
+    weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1).astype(v_BSHK.dtype)
+    return jnp.einsum("bhst,bthk->bshk", weights, v_BSHK)
+
+
+def causal_attention(
+    q_BSHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, implementation: str = "auto"
+) -> jax.Array:
+    """softmax(q k^T / sqrt(K)) v under a causal mask, shape (B,S,H,K).
+
+    `implementation`: "xla", "cudnn" (NVIDIA, 16-bit types), "einsum" (the oracle), or "auto", see `resolve`.
+    """
+    implementation = resolve(implementation, q_BSHK.dtype)
+    if implementation == "einsum":
+        return causal_attention_oracle(q_BSHK, k_BSHK, v_BSHK)
+    return jax.nn.dot_product_attention(q_BSHK, k_BSHK, v_BSHK, is_causal=True, implementation=implementation)  # pyright: ignore[reportArgumentType]
+
+
+def resolve(implementation: str, dtype: jax.typing.DTypeLike) -> str:
+    """The kernel that "auto" means for this type on the default device; other names are returned as they are."""
+    if implementation != "auto":
+        return implementation
+    if jnp.dtype(dtype) == jnp.float64:
+        return "einsum"
+    nvidia = jax.default_backend() == "gpu" and "NVIDIA" in jax.devices()[0].device_kind
+    return "cudnn" if nvidia and jnp.dtype(dtype).itemsize == 2 else "xla"

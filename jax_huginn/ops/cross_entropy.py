@@ -1,0 +1,93 @@
+"""Cross-entropy of a tied head without the (B,S,V) logits.
+
+Shapes: B batch, S sequence, D width, V vocabulary, C positions of a chunk. Labels are the next tokens already;
+`IGNORE` marks positions that do not count.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_huginn.ops.norm import at_least_float32
+
+IGNORE = -100
+
+
+def token_losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """-log softmax(logits)[label] in at least float32, zero where ignored; shape of `labels`."""
+    logits = logits.astype(at_least_float32(logits.dtype))
+    chosen = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
+    return jnp.where(labels == IGNORE, 0, jax.nn.logsumexp(logits, axis=-1) - chosen)
+
+
+def cross_entropy_oracle(y_BSD: jax.Array, head_VD: jax.Array, labels_BS: jax.Array) -> jax.Array:
+    """Mean loss over the labels that count, by way of the full logits."""
+    return token_losses(y_BSD @ head_VD.T, labels_BS).sum() / _count(labels_BS, y_BSD.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def cross_entropy(y_BSD: jax.Array, head_VD: jax.Array, labels_BS: jax.Array, chunk: int) -> jax.Array:
+    """Mean loss over the labels that count; at most about `chunk` tokens' logits exist at once.
+
+    Chunks run along the sequence, so that a batch sharded over devices stays sharded. Differentiation forms the
+    gradient while the logits are at hand: three matmuls a chunk, where recomputing the logits would take four.
+    """
+
+    def one_chunk(total, chunk_of):
+        y_BCD, labels_BC = chunk_of
+        return total + token_losses(y_BCD @ head_VD.T, labels_BC).sum(), None
+
+    zero = jnp.zeros((), at_least_float32(y_BSD.dtype))
+    total, _ = lax.scan(one_chunk, zero, _chunks(y_BSD, labels_BS, chunk))
+    return total / _count(labels_BS, y_BSD.dtype)
+
+
+def _forward(y_BSD, head_VD, labels_BS, chunk):
+    dtype = at_least_float32(y_BSD.dtype)
+    scale = 1 / _count(labels_BS, dtype)
+
+    def one_chunk(carry, chunk_of):
+        total, d_head_VD = carry
+        y_BCD, labels_BC = chunk_of
+        logits = y_BCD @ head_VD.T
+        losses = token_losses(logits, labels_BC)
+        d_logits = jax.nn.softmax(logits.astype(dtype), axis=-1) - jax.nn.one_hot(labels_BC, head_VD.shape[0])
+        d_logits = jnp.where(labels_BC[..., None] == IGNORE, 0, d_logits * scale).astype(y_BCD.dtype)
+        d_head_VD += jnp.einsum("bcv,bcd->vd", d_logits, y_BCD, preferred_element_type=dtype)
+        return (total + losses.sum(), d_head_VD), d_logits @ head_VD
+
+    start = (jnp.zeros((), dtype), jnp.zeros(head_VD.shape, dtype))
+    (total, d_head_VD), d_y = lax.scan(one_chunk, start, _chunks(y_BSD, labels_BS, chunk))
+    batch, length, width = y_BSD.shape
+    d_y_BSD = jnp.moveaxis(d_y, 0, 1).reshape(batch, -1, width)[:, :length]
+    return total * scale, (d_y_BSD, d_head_VD.astype(head_VD.dtype))
+
+
+def _backward(chunk, gradients, d_loss):
+    d_y_BSD, d_head_VD = gradients
+    return d_y_BSD * d_loss.astype(d_y_BSD.dtype), d_head_VD * d_loss.astype(d_head_VD.dtype), None
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def _count(labels_BS: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Labels that count, at least 1 so that a batch without any has loss 0."""
+    return jnp.maximum(jnp.sum(labels_BS != IGNORE), 1).astype(at_least_float32(dtype))
+
+
+def _chunks(y_BSD: jax.Array, labels_BS: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
+    """Cut along the sequence into equal pieces, padded with ignored positions: (N,B,C,D) and (N,B,C)."""
+    batch, length, width = y_BSD.shape
+    pieces = max(1, min(length, -(-batch * length // chunk)))
+    size = -(-length // pieces)
+    pieces = -(-length // size)
+    padding = pieces * size - length
+    y_BSD = jnp.pad(y_BSD, ((0, 0), (0, padding), (0, 0)))
+    labels_BS = jnp.pad(labels_BS, ((0, 0), (0, padding)), constant_values=IGNORE)
+    return (
+        jnp.moveaxis(y_BSD.reshape(batch, pieces, size, width), 1, 0),
+        jnp.moveaxis(labels_BS.reshape(batch, pieces, size), 1, 0),
+    )

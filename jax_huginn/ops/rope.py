@@ -1,0 +1,36 @@
+"""Rotary position embedding over interleaved pairs (even, odd), base 50 000 in the public configuration.
+
+Shapes: S positions, H heads, K head width, B batch.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_huginn.ops.norm import at_least_float32
+
+
+@functools.lru_cache(maxsize=8)
+def rope_table(length: int, head_dim: int, base: float) -> np.ndarray:
+    """cos and sin of every angle, shape (length, K/2, 2), float64.
+
+    The angles are formed in float64: at position 4096 a float32 product would already be off by 2e-4 radians.
+    """
+    frequencies = base ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    angles = np.arange(length, dtype=np.float64)[:, None] * frequencies
+    return np.stack([np.cos(angles), np.sin(angles)], axis=-1)
+
+
+def apply_rope(x_BSHK: jax.Array, table_SK2: jax.Array) -> jax.Array:
+    """Turn the pairs (x[2i], x[2i+1]) of each head by the angles of its position.
+
+    `table_SK2` has shape (S, K/2, 2), a slice of `rope_table`. Computed in at least float32, returned as `x`'s type.
+    """
+    dtype = at_least_float32(x_BSHK.dtype)
+    cos = table_SK2[:, None, :, 0].astype(dtype)
+    sin = table_SK2[:, None, :, 1].astype(dtype)
+    even, odd = (x_BSHK[..., i::2].astype(dtype) for i in (0, 1))
+    turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
+    return turned.reshape(x_BSHK.shape).astype(x_BSHK.dtype)

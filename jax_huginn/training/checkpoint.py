@@ -1,0 +1,125 @@
+"""Checkpoints of a run: RUN/checkpoints/<step>/ by Orbax, written asynchronously, each one atomic.
+
+A step holds four items: `params`, `optimizer`, `data` (the iterator's position) and `meta` (config and versions as
+JSON). No pickle is involved.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax import nnx
+
+import jax_huginn.model.huginn as huginn
+from jax_huginn.config.schema import CheckpointConfig, Config, from_dict, to_dict
+from jax_huginn.training.step import TrainState, abstract_model, init_state
+
+CHECKPOINTS = "checkpoints"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing or cannot be used; its text is one line."""
+
+
+class Checkpoints:
+    """The checkpoints of one run folder."""
+
+    def __init__(self, run_dir: Path, config: CheckpointConfig):
+        options = ocp.CheckpointManagerOptions(max_to_keep=config.keep)
+        # Orbax takes a relative path and fails late.
+        self.manager = ocp.CheckpointManager((run_dir / CHECKPOINTS).resolve(), options=options)
+
+    def latest_step(self) -> int | None:
+        return self.manager.latest_step()
+
+    def save(self, state: TrainState, data: Any, config: Config) -> None:
+        """Start writing the state after `state.step` steps; returns once the arrays are on the host.
+
+        Args:
+            data: the training iterator, a Grain `DatasetIterator`.
+        """
+        import grain
+
+        step = int(state.step)
+        if step == self.latest_step():
+            return
+        items = {
+            "params": ocp.args.StandardSave(nnx.to_pure_dict(state.params)),
+            "optimizer": ocp.args.StandardSave(state.opt_state),
+            "data": grain.checkpoint.CheckpointSave(data),
+            "meta": ocp.args.JsonSave({"step": step, "config": to_dict(config), "jax": jax.__version__}),
+        }
+        self.manager.save(step, args=ocp.args.Composite(**items))
+
+    def restore(self, step: int, data: Any, config: Config) -> TrainState:
+        """The state after `step` steps; sets `data` to its position then."""
+        import grain
+
+        abstract = jax.eval_shape(lambda: init_state(config))
+        items = {
+            "params": ocp.args.StandardRestore(_placed(nnx.to_pure_dict(abstract.params))),
+            "optimizer": ocp.args.StandardRestore(_placed(abstract.opt_state)),
+            "data": grain.checkpoint.CheckpointRestore(data),
+        }
+        restored = self.manager.restore(step, args=ocp.args.Composite(**items))
+        params = abstract.params
+        nnx.replace_by_pure_dict(params, restored["params"])
+        return TrainState(nnx.as_pure(params), restored["optimizer"], jnp.asarray(step, jnp.int32))
+
+    def wait(self) -> None:
+        """Block until the last save is on disk."""
+        self.manager.wait_until_finished()
+
+    def close(self) -> None:
+        self.manager.close()
+
+
+def find_step(run_or_step: str | os.PathLike) -> Path:
+    """The step folder that a path means: itself, or the newest step of a run folder."""
+    path = Path(run_or_step)
+    if (path / "params").is_dir():
+        return path
+    if not path.is_dir():
+        raise CheckpointError(f"no run or checkpoint folder at {path}")
+    folder = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
+    steps = [entry for entry in folder.iterdir() if entry.name.isdecimal() and (entry / "params").is_dir()]
+    if not steps:
+        raise CheckpointError(f"no checkpoint in {path}: train first, or name a run folder or a step folder")
+    return max(steps, key=lambda entry: int(entry.name))
+
+
+def load_config(run_or_step: str | os.PathLike) -> Config:
+    """The config that a checkpoint was written with."""
+    step = find_step(run_or_step)
+    meta = ocp.CheckpointManager(step.parent.resolve()).restore(
+        int(step.name), args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+    )["meta"]
+    return from_dict(meta["config"])
+
+
+def load_checkpoint(run_or_step: str | os.PathLike) -> huginn.MoEHuginnModel:
+    """The model of a run's newest checkpoint, or of one step folder; its `config` attribute is the run's.
+
+    Raises:
+        CheckpointError: no checkpoint there.
+    """
+    step = find_step(run_or_step)
+    config = load_config(step)
+    graphdef, params = abstract_model(config)
+    target = ocp.args.StandardRestore(_placed(nnx.to_pure_dict(params)))
+    restored = ocp.CheckpointManager(step.parent.resolve()).restore(
+        int(step.name), args=ocp.args.Composite(params=target)
+    )["params"]
+    nnx.replace_by_pure_dict(params, restored)
+    return nnx.merge(graphdef, params)
+
+
+def _placed(tree: Any) -> Any:
+    """The abstract arrays, to be restored onto the default device whatever device they were saved from."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), tree)

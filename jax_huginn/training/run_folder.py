@@ -1,0 +1,79 @@
+"""The run folder: who may write into it, and the config that it belongs to."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from jax_huginn.config.schema import Config, ConfigError, to_dict
+
+# Fields that may differ between the sessions of one run: they change how long it is, what is logged and how it is
+# executed, but not what is computed from which data.
+MAY_DIFFER = {
+    "run_dir",
+    "train.steps",
+    "train.deterministic",
+    "model.attention",
+    "model.remat",
+    "model.loss_chunk",
+    "data.prefetch",
+    *(f"{section}." for section in ("validation", "checkpoint", "log")),
+}
+
+
+def open_run_folder(config: Config) -> Path:
+    """Create the run folder or check that it is this run's, and write config.json into it.
+
+    Raises:
+        ConfigError: the folder holds another config's run, or `checkpoint.resume=false` would lose checkpoints.
+    """
+    folder = Path(config.run_dir)
+    file = folder / "config.json"
+    if not config.checkpoint.resume and folder.exists() and any(folder.glob("checkpoints/[0-9]*")):
+        if not config.checkpoint.overwrite:
+            raise ConfigError(
+                f"run_dir={folder} holds checkpoints and checkpoint.resume is false: name another --run_dir, or "
+                "--checkpoint.overwrite true to delete them"
+            )
+        for name in ("checkpoints", "tensorboard", "tokenizer"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for name in ("metrics.jsonl", "config.json", "wandb_id"):
+            (folder / name).unlink(missing_ok=True)
+    elif file.exists():
+        _require_same_run(folder, _read(file), to_dict(config))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        replacement = file.with_suffix(".tmp")
+        replacement.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+        replacement.replace(file)
+    except OSError as error:
+        raise ConfigError(f"run_dir={folder} cannot be written: {error.strerror}") from None
+    return folder
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read as JSON ({error}): restore it, or name another --run_dir") from None
+
+
+def _require_same_run(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    old_fields, new_fields = flatten(old), flatten(json.loads(json.dumps(new)))
+    changed = [
+        f"{name} was {old_fields.get(name)!r}, now {new_fields.get(name)!r}"
+        for name in sorted(old_fields.keys() | new_fields.keys())
+        if old_fields.get(name) != new_fields.get(name)
+        and name not in MAY_DIFFER
+        and name.split(".")[0] + "." not in MAY_DIFFER
+    ]
+    if changed:
+        raise ConfigError(f"run_dir={folder} belongs to another config ({'; '.join(changed)}): name another --run_dir")
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one dict with dotted names."""
+    flat = {}
+    for name, value in tree.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

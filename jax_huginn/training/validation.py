@@ -1,0 +1,50 @@
+"""Held-out loss as a function of depth."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jax_huginn.config.schema import Config
+from jax_huginn.model import initializers
+from jax_huginn.model.huginn import cast_params
+from jax_huginn.ops.cross_entropy import IGNORE
+from jax_huginn.training.step import abstract_model
+
+
+def make_validation(
+    config: Config, batches: list[dict[str, np.ndarray]], token_bytes_V: np.ndarray | None
+) -> Callable[[Any], dict[str, float]]:
+    """`validate(params) -> record` with `val_loss_r{r}`, nats per token at each of `validation.depths`, and
+    `val_bpb_r{r}`, bits per byte, where the tokens' byte lengths are known. One compilation serves all depths."""
+    graphdef, _ = abstract_model(config)
+    length, width = config.train.sequence_length, config.model.width
+    state_SD = jnp.asarray(initializers.fixed_state(0, length, width))
+
+    @jax.jit
+    def mean_loss(params: Any, tokens_BS: jax.Array, labels_BS: jax.Array, recurrences: jax.Array, state_SD: jax.Array):
+        model = nnx.merge(graphdef, cast_params(params, config.model.dtype))
+        output, y_BSD = model.hidden(tokens_BS, recurrences, 0, 0, state_SD)
+        return model.with_loss(output, y_BSD, labels_BS).log_ppl
+
+    def validate(params: Any) -> dict[str, float]:
+        record = {}
+        for depth in config.validation.depths:
+            nats = tokens = count_bytes = 0.0
+            for batch in batches:
+                labels = batch["labels"]
+                counted = labels[labels != IGNORE]
+                loss = mean_loss(params, batch["tokens"], labels, np.int32(depth), state_SD)
+                nats += float(loss) * counted.size
+                tokens += counted.size
+                count_bytes += 0 if token_bytes_V is None else int(token_bytes_V[counted].sum())
+            record[f"val_loss_r{depth}"] = nats / tokens
+            if count_bytes:
+                record[f"val_bpb_r{depth}"] = nats / math.log(2) / count_bytes
+        return record
+
+    return validate
