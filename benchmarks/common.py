@@ -1,0 +1,61 @@
+"""What every benchmark shares: presets with overrides, timing, and one JSON line a case."""
+
+import dataclasses
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import jax
+
+from jax_huginn.config.schema import Config
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def override(config: Config, settings: Iterable[str]) -> Config:
+    """The config with `section.field=value` settings; needs no tyro, so benchmarks run where it is missing."""
+    for setting in settings:
+        name, value = setting.split("=")
+        section_name, field = name.split(".")
+        section = getattr(config, section_name)
+        kind = get_type_hints(type(section))[field]
+        parsed = {"true": True, "false": False}[value] if kind is bool else kind(value) if kind in (int, float) else value
+        config = dataclasses.replace(config, **{section_name: dataclasses.replace(section, **{field: parsed})})
+    return config
+
+
+def median_seconds(run: Callable[[], Any], repeats: int, warmup: int = 2) -> float:
+    """Median wall time of `run`, waiting for the device each time."""
+    for _ in range(warmup):
+        jax.block_until_ready(run())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def report(**case: Any) -> None:
+    """Print a case as one JSON line, with the device, the versions and the commit."""
+    device = jax.devices()[0]
+    line = {**case, "device": device.device_kind, "jax": jax.__version__, "commit": commit()}
+    print(json.dumps(line), flush=True)
+
+
+def commit() -> str:
+    """Short hash of the checkout, `unknown` outside one."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
+def peak_gigabytes() -> float | None:
+    """Most device memory in use since the process began, 1e9 bytes; None where the backend does not say."""
+    statistics_of = jax.devices()[0].memory_stats() or {}
+    peak = statistics_of.get("peak_bytes_in_use")
+    return None if peak is None else peak / 1e9
