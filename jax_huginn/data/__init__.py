@@ -1,0 +1,1 @@
+"""Data: files and their split (`sources`), the order (`streams`), tokens (`tokenizer`), batches (`pipeline`)."""

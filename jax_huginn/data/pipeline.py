@@ -1,0 +1,158 @@
+"""From a configuration to batches: the tokenizer, the endless training iterator and the fixed validation batches."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jax_huginn.config.schema import Config
+from jax_huginn.data.order import permutation
+from jax_huginn.data.sources import PIECE_BYTES, DataError, TextFile, corpus, parquet_pieces, text_pieces
+from jax_huginn.data.tokenizer import (
+    Encoder,
+    is_byte_level,
+    load_tokenizer,
+    save_tokenizer,
+    token_bytes,
+    train_tokenizer,
+    vocabulary_digest,
+    vocabulary_size,
+)
+
+if TYPE_CHECKING:
+    import grain
+    from transformers import PreTrainedTokenizerFast
+
+    from jax_huginn.data.streams import Pieces
+
+IGNORED = -100  # label that no loss counts
+TOKENIZER_BYTES = 32 * 2**20  # training text that a tokenizer is trained on: about 4 s on two cores
+VALIDATION_SEED = 0  # not train.seed: runs of different seeds are measured on the same rows
+VALIDATION_POOL = 4  # rows read for each one that is chosen
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run reads. A batch is a dict of `tokens` and `labels`, both (B,S) int32; labels are the next tokens."""
+
+    tokenizer: "PreTrainedTokenizerFast | None"
+    """None for parquet rows of which the tokenizer was not told."""
+    train: "grain.DatasetIterator[dict[str, np.ndarray]]"
+    """Endless. Its state is that of the last batch handed out; `close()` stops its thread."""
+    validation: list[dict[str, np.ndarray]]
+    """Fixed batches of held-out rows, in which label -100 is padding; empty only where nothing is held out."""
+    token_bytes: np.ndarray | None
+    """UTF-8 bytes a token stands for, (V,) int32; None without a byte-level tokenizer."""
+
+
+def build_data(config: Config, tokenizer_dir: Path) -> Data:
+    """Opens the data of a run; `tokenizer_dir` (RUN/tokenizer) gets its tokenizer, or already has it on resuming.
+
+    Raises `DataError` in one line for every path, file, row or tokenizer that cannot be used.
+    """
+    import grain
+
+    from jax_huginn.data.streams import RowDataset
+
+    training, held_out = corpus(config.data)
+    tokenizer = _tokenizer(config, training, tokenizer_dir)
+    length = config.train.sequence_length
+    settings: dict[str, Any] = {"sequence_length": length}
+    if config.data.source == "parquet":
+        pieces: Pieces = partial(parquet_pieces, length=length + 1, vocab_size=config.model.vocab_size)
+        take, stride = 1, 1
+    else:
+        assert tokenizer is not None
+        pieces, take, stride = _token_pieces(tokenizer), length + 1, length
+        settings["tokenizer"] = vocabulary_digest(tokenizer)
+    rows = RowDataset(
+        training,
+        pieces,
+        take=take,
+        stride=stride,
+        seed=config.train.seed,
+        streams=config.data.streams,
+        shuffle_window=config.data.shuffle_window,
+        settings=settings,
+    )
+    batches = rows.batch(config.train.batch_size, drop_remainder=True, batch_fn=partial(_batch, length=length))
+    train = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=config.data.prefetch)
+    return Data(
+        tokenizer=tokenizer,
+        train=iter(train),
+        validation=_validation(config, held_out, pieces, take, stride),
+        token_bytes=token_bytes(tokenizer, config.model.vocab_size) if tokenizer and is_byte_level(tokenizer) else None,
+    )
+
+
+def _token_pieces(tokenizer: "PreTrainedTokenizerFast") -> "Pieces":
+    encode = Encoder(tokenizer)
+
+    def pieces(file: TextFile, offset: int) -> Iterator[tuple[int, np.ndarray]]:
+        for begin, documents in text_pieces(file, offset):
+            yield begin, encode(documents)
+
+    return pieces
+
+
+def _tokenizer(config: Config, training: list[TextFile], folder: Path) -> "PreTrainedTokenizerFast | None":
+    name, vocab_size = config.data.tokenizer, config.model.vocab_size
+    if name:
+        tokenizer = load_tokenizer(name)
+    elif config.data.source == "parquet":
+        return None
+    elif (folder / "tokenizer.json").exists():
+        name, tokenizer = str(folder), load_tokenizer(str(folder))
+    else:
+        tokenizer = train_tokenizer(_sample(training), vocab_size)
+    size = vocabulary_size(tokenizer)
+    if size > vocab_size:
+        raise DataError(f"the tokenizer {name} has {size} tokens, more than model.vocab_size={vocab_size}: raise it")
+    if name != str(folder):
+        save_tokenizer(tokenizer, folder)
+    return tokenizer
+
+
+def _sample(files: list[TextFile]) -> Iterator[str]:
+    """About `TOKENIZER_BYTES` of text: the beginnings of the files, in a fixed random order of the files."""
+    share, spent = max(TOKENIZER_BYTES // len(files), PIECE_BYTES), 0
+    for index in permutation(len(files), 0):
+        for offset, documents in text_pieces(files[index]):
+            if offset - files[index].begin >= share:
+                break
+            spent += sum(len(document.text) for document in documents)
+            yield from (document.text for document in documents)
+            if spent >= TOKENIZER_BYTES:
+                return
+
+
+def _batch(rows: Sequence[np.ndarray], length: int) -> dict[str, np.ndarray]:
+    """Rows of 2 to S + 1 tokens as a batch; what they lack of S + 1 is padded, its labels ignored."""
+    tokens = np.zeros((len(rows), length), np.int32)
+    labels = np.full((len(rows), length), IGNORED, np.int32)
+    for index, row in enumerate(rows):
+        tokens[index, : len(row) - 1], labels[index, : len(row) - 1] = row[:-1], row[1:]
+    return {"tokens": tokens, "labels": labels}
+
+
+def _validation(
+    config: Config, files: list[TextFile], pieces: "Pieces", take: int, stride: int
+) -> list[dict[str, np.ndarray]]:
+    """Full batches of rows chosen by a fixed seed from a few times as many, or one padded batch of all there are."""
+    from jax_huginn.data.streams import RowReader
+
+    if not files:
+        return []
+    size = config.train.batch_size
+    wanted = size * config.validation.batches
+    reader = RowReader(files, pieces, take, stride, VALIDATION_SEED, stream=0)
+    pool = [row for _, row in zip(range(VALIDATION_POOL * wanted), reader.epoch_rows(), strict=False)]
+    if not pool:
+        raise DataError(f"{len(files)} held-out file(s), {files[0].path} first, hold no data: hold out more")
+    chosen = sorted(permutation(len(pool), VALIDATION_SEED)[: max(min(wanted, len(pool) // size * size), size)])
+    rows = [pool[index] for index in chosen]
+    rows += [np.zeros(1, np.int32)] * (-len(rows) % size)  # a row without a label
+    return [_batch(rows[begin : begin + size], config.train.sequence_length) for begin in range(0, len(rows), size)]
