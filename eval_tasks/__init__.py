@@ -1,0 +1,11 @@
+"""Offline lm-eval tasks, made from the held-out part of Python's standard library.
+
+`TaskManager(include_path=TASKS_FOLDER)` finds them; the data is made by `eval_tasks.build` when a task is loaded.
+"""
+
+from pathlib import Path
+
+TASKS_FOLDER = Path(__file__).parent
+"""Folder of the task files (YAML)."""
+TASKS = tuple(sorted(path.stem for path in TASKS_FOLDER.glob("*.yaml")))
+"""Names of the tasks; each stands in the file of its name."""

@@ -1,0 +1,14 @@
+"""MoE-Huginn in PyTorch: a readable twin of `jax_huginn`, of which it imports nothing."""
+
+from torch_reference.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from torch_reference.config import MoEHuginnConfig, MoEHuginnConfig700M
+from torch_reference.model import MoEHuginnModel
+
+__all__ = [
+    "CheckpointError",
+    "MoEHuginnConfig",
+    "MoEHuginnConfig700M",
+    "MoEHuginnModel",
+    "load_checkpoint",
+    "save_checkpoint",
+]

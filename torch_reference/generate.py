@@ -1,0 +1,43 @@
+"""Greedy generation without a cache: correct and slow, every new token costs a whole forward pass."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from torch_reference.model import MoEHuginnModel
+
+
+@torch.no_grad()
+def greedy(
+    model: MoEHuginnModel,
+    prompts: Sequence[Sequence[int]],
+    num_steps: tuple[int, int],
+    max_new_tokens: int,
+    finished: Callable[[int, list[int]], bool] = lambda row, new_tokens: False,
+) -> list[list[int]]:
+    """The most likely continuation of every prompt, at most `max_new_tokens` long.
+
+    A row ends once `finished(row, its new tokens)` holds, the last token included, or at the model's block_size.
+    Prompts of different lengths share a batch: padding stands behind a row's end, where causality hides it, and
+    the initial state depends on the position alone, so a row does not feel its neighbours.
+    """
+    device = model.device
+    rows = [list(prompt) for prompt in prompts]
+    if not all(rows):
+        raise ValueError("a prompt must have at least one token")
+    new: list[list[int]] = [[] for _ in rows]
+    running = list(range(len(rows)))
+    for _ in range(max_new_tokens):
+        running = [i for i in running if len(rows[i]) < model.config.block_size]
+        if not running:
+            break
+        longest = max(len(rows[i]) for i in running)
+        tokens_BS = torch.tensor([rows[i] + [0] * (longest - len(rows[i])) for i in running], device=device)
+        last_B = torch.tensor([len(rows[i]) - 1 for i in running], device=device)
+        output_BSD, _ = model.hidden(tokens_BS, num_steps)
+        logits_BV = model.unembed(output_BSD[torch.arange(len(running), device=device), last_B])
+        for i, token in zip(running, logits_BV.argmax(dim=-1).tolist(), strict=True):
+            rows[i].append(token)
+            new[i].append(token)
+        running = [i for i in running if not finished(i, new[i])]
+    return new
