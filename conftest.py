@@ -38,9 +38,8 @@ def small_config(**sections: dict) -> Config:
         train=TrainConfig(steps=20, batch_size=4, sequence_length=64),
         data=DataConfig(source="stdlib"),
     )
-    for section, fields in sections.items():
-        config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **fields)})
-    return config
+    changed = {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()}
+    return dataclasses.replace(config, **changed)
 
 
 @pytest.fixture

@@ -1,10 +1,13 @@
 """Train a MoE-Huginn: python train_jax.py --config configs/moe.py [--section.field value ...]"""
 
-from jax_huginn.config.cli import main
-from jax_huginn.config.schema import Config
+import sys
+
+from jax_huginn.config.cli import parse_config, run_verb
 
 
-def run(config: Config) -> None:
+def main() -> None:
+    config = parse_config(sys.argv[1:])
+
     # After parsing, so that --help and a mistyped option answer without waiting for JAX.
     from jax_huginn.training.loop import train
 
@@ -12,4 +15,4 @@ def run(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(run)
+    run_verb(main)

@@ -1,6 +1,6 @@
 """The default: a small MoE-Huginn that trains anywhere, on the sources of Python's standard library.
 
-    python train_jax.py --config configs/moe.py
+python train_jax.py --config configs/moe.py
 """
 
 from jax_huginn.config.schema import (
@@ -22,10 +22,10 @@ def get_config() -> Config:
         run_dir="runs/moe",
         model=ModelConfig(
             vocab_size=2048,
-            width=192,
-            heads=6,
-            kv_heads=6,
-            mlp_width=512,
+            width=128,
+            heads=2,
+            kv_heads=2,
+            mlp_width=384,
             prelude_layers=1,
             core_layers=1,
             coda_layers=1,
@@ -35,10 +35,10 @@ def get_config() -> Config:
         ),
         moe=MoEConfig(experts=8, active=2, width=256),
         recurrence=RecurrenceConfig(mean=4, backprop_depth=3),
-        train=TrainConfig(steps=400, batch_size=16, sequence_length=256),
-        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=40, cooldown_steps=150, weight_decay=0.1),
+        train=TrainConfig(steps=600, batch_size=8, sequence_length=256),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=40, cooldown_steps=250),
         data=DataConfig(source="stdlib"),
-        validation=ValidationConfig(every=200, batches=8, depths=(1, 2, 4, 8)),
+        validation=ValidationConfig(every=200, batches=16, depths=(1, 2, 4, 8)),
         checkpoint=CheckpointConfig(every=200),
         log=LogConfig(every=20),
     )

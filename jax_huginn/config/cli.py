@@ -1,5 +1,6 @@
 """The command line of training: a preset file, then overrides of single fields, by tyro."""
 
+import argparse
 import dataclasses
 import difflib
 import importlib.util
@@ -9,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from jax_huginn.config.schema import Config, ConfigError
 
@@ -81,7 +82,11 @@ def _one_line(box: str, overrides: list[str], default: Config) -> str:
             return f"unknown option {word.split('=')[0]}" + (f"; did you mean {close[0]}?" if close else "")
     text = re.sub(r"[╭╮╰╯│─\s]+", " ", box).strip()
     text = re.split(r" Argument helptext: | For full helptext", text)[0]
-    return re.sub(r"^.*?Error parsing (?!--)\S+: |^(Value error Error|Invalid choice|Missing argument|Unrecognized options) ", "", text)
+    return re.sub(
+        r"^.*?Error parsing (?!--)\S+: |^(Value error Error|Invalid choice|Missing argument|Unrecognized options) ",
+        "",
+        text,
+    )
 
 
 def _option_names(section: Any, prefix: str = "--") -> list[str]:
@@ -95,12 +100,30 @@ def _option_names(section: Any, prefix: str = "--") -> list[str]:
     return names
 
 
-def main(run: Callable[[Config], None]) -> None:
-    """Parse `sys.argv`, run, and turn a user's mistake into one line on stderr and exit status 2."""
+class OneLineParser(argparse.ArgumentParser):
+    """argparse whose errors are one line, with the nearest option for a mistyped one; for the `python -m` verbs."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # pyright: ignore[reportIncompatibleMethodOverride]
+        for word in sys.argv[1:] if args is None else args:
+            option = word.split("=")[0]
+            if option.startswith("--") and option not in self._option_string_actions:
+                close = difflib.get_close_matches(option, self._option_string_actions, n=1, cutoff=0.5)
+                self.error(f"unknown option {option}" + (f"; did you mean {close[0]}?" if close else ""))
+        return super().parse_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def run_verb(main: Callable[[], None]) -> None:
+    """Run a command and turn a user's mistake into one line on stderr and exit status 2.
+
+    Users' mistakes are subclasses of ValueError; a plain ValueError is a fault of the program and keeps its traceback.
+    """
     try:
-        run(parse_config(sys.argv[1:]))
+        main()
     except ValueError as error:
         if type(error) is ValueError:
-            raise  # a fault of the program: keep the traceback
+            raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

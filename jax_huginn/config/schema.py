@@ -56,7 +56,7 @@ class ModelConfig:
     param_dtype: Literal["float32", "float64"] = "float32"
     """Type in which weights are kept and updated (master weights)."""
     attention: Literal["auto", "xla", "cudnn", "einsum"] = "auto"
-    """Attention kernel. auto: cudnn for 16-bit types on NVIDIA, xla elsewhere, einsum for float64."""
+    """Attention kernel. auto: cudnn for 16-bit types on NVIDIA, einsum on CPUs and for float64, xla elsewhere."""
     remat: Literal["none", "dots", "full"] = "full"
     """What the backward pass of a block recomputes: nothing, all but its matmuls, everything."""
     loss_chunk: int = 2048
@@ -196,6 +196,8 @@ class OptimizerConfig:
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
     """Decoupled weight decay on matrices; norms and biases are never decayed."""
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which both moments are kept between steps; bfloat16 saves 4 bytes a parameter."""
     clip_norm: float = 1.0
     """Global gradient norm above which gradients are scaled down."""
 
@@ -337,4 +339,3 @@ def from_dict(values: dict[str, Any], cls: type = Config, where: str = "") -> An
         return cls(**arguments)
     except TypeError as error:
         raise ConfigError(f"{where or 'config '}cannot be read: {error}") from None
-

@@ -94,7 +94,10 @@ class MoEHuginnModel(nnx.Module):
         """
         recurrence = self.config.recurrence
         if num_steps is None:
-            num_steps = (max(recurrence.mean - recurrence.backprop_depth, 0), min(recurrence.mean, recurrence.backprop_depth))
+            num_steps = (
+                max(recurrence.mean - recurrence.backprop_depth, 0),
+                min(recurrence.mean, recurrence.backprop_depth),
+            )
         if initial_state is None:
             initial_state = jnp.asarray(initializers.fixed_state(0, tokens_BS.shape[1], self.config.model.width))
         n, k = num_steps

@@ -33,7 +33,9 @@ def train(config: Config) -> None:
     checkpoints = Checkpoints(run_dir, config.checkpoint)
     start = checkpoints.latest_step() or 0
     if start >= config.train.steps:
-        console.say(f"{run_dir} is finished: it is at step {start} of {config.train.steps}; raise --train.steps to go on")
+        console.say(
+            f"{run_dir} is finished: it is at step {start} of {config.train.steps}; raise --train.steps to go on"
+        )
         return
     data = build_data(config, run_dir / "tokenizer")
 

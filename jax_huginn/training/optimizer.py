@@ -40,7 +40,7 @@ def decayed(params: Any) -> Any:
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW (arXiv 1711.05101)."""
     optimizer = config.optimizer
-    return optax.chain(
+    base = optax.chain(
         optax.clip_by_global_norm(optimizer.clip_norm),
         optax.adamw(
             make_schedule(config),
@@ -51,3 +51,20 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
             mask=decayed,
         ),
     )
+    return base if optimizer.moment_dtype == "float32" else kept_in(base, optimizer.moment_dtype)
+
+
+def kept_in(base: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
+    """`base`, computing as before, with its floating-point state stored in `dtype` between updates.
+
+    optax's own `mu_dtype` narrows the first moment only.
+    """
+
+    def cast(state: Any, dtype: jax.typing.DTypeLike) -> Any:
+        return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = base.update(updates, cast(state, jnp.float32), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(lambda params: cast(base.init(params), dtype), update)

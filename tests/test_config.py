@@ -1,0 +1,141 @@
+"""Configuration: presets, overrides, and one line for every mistake."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jax_huginn import MoEHuginnConfig700M, MoEHuginnModel
+from jax_huginn.config.cli import load_preset, parse_config
+from jax_huginn.config.schema import Config, ConfigError, MoEConfig, from_dict, to_dict
+from jax_huginn.training.step import abstract_model, init_state
+
+ROOT = Path(__file__).parent.parent
+MOE = str(ROOT / "configs/moe.py")
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters"),
+    [("moe_700m", 709_480_448), ("moe_3_8b", 3_820_491_840), ("huginn_3_5b", 3_564_976_800)],
+)
+def test_large_presets_have_the_designed_size_without_being_allocated(preset, parameters):
+    config = load_preset(str(ROOT / f"configs/{preset}.py"))
+    _, params = abstract_model(config)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == parameters
+    state = jax.eval_shape(lambda: init_state(config))
+    assert sum(leaf.size for leaf in jax.tree.leaves(state)) == pytest.approx(3 * parameters, rel=1e-6)
+    tokens = config.train.steps * config.train.batch_size * config.train.sequence_length
+    assert tokens == pytest.approx(100e9 if preset == "moe_700m" else 800e9, rel=1e-3)
+
+
+def test_the_default_preset_is_a_few_million_parameters():
+    _, params = abstract_model(load_preset(MOE))
+    assert 1e6 < sum(leaf.size for leaf in jax.tree.leaves(params)) < 10e6
+
+
+def test_the_exported_700m_config_is_the_preset():
+    preset = load_preset(str(ROOT / "configs/moe_700m.py"))
+    assert (preset.model, preset.moe, preset.recurrence) == (
+        MoEHuginnConfig700M().model, MoEHuginnConfig700M().moe, MoEHuginnConfig700M().recurrence
+    )  # fmt: skip
+
+
+def test_every_preset_says_command_hardware_and_result():
+    for file in (ROOT / "configs").glob("*.py"):
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        for promise in (f"configs/{file.name}", "Hardware:", "Expected result:"):
+            assert promise in (module.__doc__ or ""), f"{file.name} lacks {promise!r}"
+
+
+def test_overrides_take_dashes_underscores_and_booleans_in_any_case():
+    config = parse_config(
+        ["--config", MOE, "--train.batch_size", "6", "--train.sequence-length", "128", "--log.wandb", "tRUE",
+         "--log.tensorboard=FALSE", "--validation.depths", "1", "3"]
+    )  # fmt: skip
+    assert (config.train.batch_size, config.train.sequence_length) == (6, 128)
+    assert (config.log.wandb, config.log.tensorboard) == (True, False)
+    assert config.validation.depths == (1, 3)
+
+
+def test_a_config_survives_its_json():
+    config = load_preset(MOE)
+    assert from_dict(to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--train.stps", "3"], ["--train.stps", "did you mean --train.steps?"]),
+        (["--model.width", "100", "--model.heads", "3"], ["model.width=100", "model.heads=3"]),
+        (["--moe.active", "9"], ["moe.active=9", "moe.experts=8"]),
+        (["--recurrence.mean", "0"], ["recurrence.mean=0", "positive"]),
+        (["--recurrence.backprop-depth", "0"], ["recurrence.backprop_depth=0", "positive"]),
+        (["--train.steps", "ten"], ["--train.steps", "'ten'"]),
+        (["--train.micro-batches", "3"], ["train.batch_size=", "train.micro_batches=3"]),
+        (["--train.sequence-length", "100000"], ["train.sequence_length=100000", "model.max_length="]),
+        (["--moe.placement", "cor"], ["'cor'", "'injection', 'core'"]),
+        (["--log.wandb", "maybe"], ["'maybe'"]),
+        (["stray"], ["stray"]),
+    ],
+)
+def test_a_mistake_gets_one_line_that_names_the_value(arguments, words):
+    with pytest.raises(ConfigError) as error:
+        parse_config(["--config", MOE, *arguments])
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, ["no config file"]),
+        ("x = 1", ["get_config"]),
+        ("def get_config(): return 3", ["get_config"]),
+        ("import nothing_of_that_name", ["ModuleNotFoundError"]),
+    ],
+)
+def test_a_config_file_that_is_none_gets_one_line(tmp_path, content, words):
+    file = tmp_path / "preset.py"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ConfigError) as error:
+        parse_config(["--config", str(file)])
+    assert str(file) in str(error.value)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_a_missing_config_option_is_said():
+    with pytest.raises(ConfigError, match="--config configs/moe.py"):
+        parse_config(["--train.steps", "3"])
+
+
+@pytest.mark.parametrize("broken", [{"bogus": 1}, {"train": {"bogus": 1}}, {"train": {"steps": "x"}}, {"train": 3}])
+def test_a_damaged_config_json_is_refused(broken):
+    with pytest.raises(ConfigError):
+        from_dict(to_dict(Config()) | broken)
+
+
+def test_help_explains_every_field(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse_config(["--config", MOE, "--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    for section in dataclasses.fields(Config):
+        value = getattr(Config(), section.name)
+        for field in dataclasses.fields(value) if dataclasses.is_dataclass(value) else []:
+            assert f"--{section.name}.{field.name.replace('_', '-')}" in text
+
+
+def test_dense_is_a_config_without_experts(make_config):
+    model = MoEHuginnModel(make_config(moe={"experts": 0}))
+    assert not hasattr(model, "moe")
+    assert MoEConfig(experts=0).experts == 0
+    assert np.isfinite(model(np.zeros((1, 64), np.int32), (1, 1)).logits).all()

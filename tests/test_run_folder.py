@@ -1,0 +1,110 @@
+"""The run folder and its logs: one run a folder, every record once."""
+
+import dataclasses
+import json
+import sys
+import types
+
+import pytest
+
+from jax_huginn.config.schema import ConfigError
+from jax_huginn.training.run_folder import open_run_folder
+from jax_huginn.training.writers import JsonLines, TensorBoard, WandB
+
+
+def test_a_run_may_be_extended_and_logged_otherwise(make_config, tmp_path):
+    config = dataclasses.replace(make_config(), run_dir=str(tmp_path / "run"))
+    open_run_folder(config)
+    longer = dataclasses.replace(
+        config,
+        train=dataclasses.replace(config.train, steps=99),
+        log=dataclasses.replace(config.log, every=3),
+        checkpoint=dataclasses.replace(config.checkpoint, every=7, keep=9),
+    )
+    open_run_folder(longer)
+    assert json.loads((tmp_path / "run/config.json").read_text())["train"]["steps"] == 99
+
+
+def test_another_config_is_refused_and_named(make_config, tmp_path):
+    config = dataclasses.replace(make_config(), run_dir=str(tmp_path / "run"))
+    open_run_folder(config)
+    before = (tmp_path / "run/config.json").read_text()
+    other = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=0.5))
+    with pytest.raises(ConfigError, match=r"optimizer.learning_rate was 0.0005, now 0.5"):
+        open_run_folder(other)
+    assert (tmp_path / "run/config.json").read_text() == before
+
+
+def test_checkpoints_are_deleted_only_on_demand(make_config, tmp_path):
+    config = dataclasses.replace(make_config(checkpoint={"resume": False}), run_dir=str(tmp_path / "run"))
+    open_run_folder(config)
+    (tmp_path / "run/checkpoints/5").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="--checkpoint.overwrite true"):
+        open_run_folder(config)
+    assert (tmp_path / "run/checkpoints/5").exists()
+    open_run_folder(dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, overwrite=True)))
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_a_damaged_config_and_an_unwritable_folder_get_one_line(make_config, tmp_path):
+    config = dataclasses.replace(make_config(), run_dir=str(tmp_path / "run"))
+    open_run_folder(config)
+    (tmp_path / "run/config.json").write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read as JSON"):
+        open_run_folder(config)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        open_run_folder(dataclasses.replace(config, run_dir=str(tmp_path / "file/run")))
+
+
+def test_metrics_are_cut_back_to_the_restored_step(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    writer = JsonLines(path, 0)
+    for step in range(1, 6):
+        writer.write({"step": step, "loss": float("nan") if step == 2 else 1.0})
+    writer.close()
+    with path.open("a") as file:
+        file.write('{"step": 6, "lo')  # cut short by a crash
+    JsonLines(path, 3).close()
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 3]
+    assert records[1]["loss"] == "nan"
+
+
+def test_tensorboard_reads_what_was_written(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    writer = TensorBoard(tmp_path, 0)
+    writer.write({"step": 1, "loss": 2.5, "expert_counts": [1, 2], "router_collapse_warning": True})
+    writer.write({"step": 2, "loss": 1.5})
+    writer.close()
+    writer = TensorBoard(tmp_path, 1)  # resumed from step 1: step 2 is written again
+    writer.write({"step": 2, "loss": 1.25})
+    writer.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 2.5), (2, 1.25)]
+    assert "expert_counts" not in events.Tags()["scalars"]
+
+
+def test_wandb_gets_project_config_and_a_lasting_id(make_config, tmp_path, monkeypatch):
+    calls, logged = [], []
+    run = types.SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: None)
+    fake = types.SimpleNamespace(
+        init=lambda **arguments: calls.append(arguments) or run, util=types.SimpleNamespace(generate_id=lambda: "abc")
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    config = make_config()
+    for _ in range(2):
+        writer = WandB(config, tmp_path)
+        writer.write({"step": 4, "loss": 1.0})
+        writer.close()
+    assert [call["id"] for call in calls] == ["abc", "abc"]
+    assert calls[0]["project"] == "moe-huginn"
+    assert calls[0]["config"]["model"]["width"] == config.model.width
+    assert logged[0] == (4, {"loss": 1.0})
+
+
+def test_wandb_missing_is_one_line(make_config, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"pip install 'jax-huginn\[wandb\]'"):
+        WandB(make_config(), tmp_path)
