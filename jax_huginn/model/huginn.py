@@ -25,7 +25,11 @@ from jax_huginn.ops.cross_entropy import cross_entropy
 from jax_huginn.ops.norm import at_least_float32
 from jax_huginn.ops.rope import rope_table
 
-REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+REMAT_POLICIES = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 @jax.tree_util.register_dataclass
@@ -158,7 +162,9 @@ class MoEHuginnModel(nnx.Module):
                     routings.append(seen)
             return x_BSD, None if routings[0] is None else Routing.combine(routings)
 
-        recurrence = iterate(self._checkpoint(core), nnx.as_pure(params), e_BSD, state_BSD, n, k, scan_length)
+        recurrence = iterate(
+            core, nnx.as_pure(params), e_BSD, state_BSD, n, k, scan_length, checkpoint=self._checkpoint
+        )
         with jax.named_scope("coda"):
             latents_BSD = y_BSD = self.norm_f(recurrence.state_BSD)
             for block in self.coda:
@@ -192,8 +198,7 @@ class MoEHuginnModel(nnx.Module):
         return jnp.asarray(rope_table(length, model.head_dim, model.rope_base), at_least_float32(model.dtype))
 
     def _checkpoint(self, function):
-        remat = self.config.model.remat
-        return function if remat == "none" else jax.checkpoint(function, policy=REMAT_POLICIES[remat])
+        return jax.checkpoint(function, policy=REMAT_POLICIES[self.config.model.remat])
 
     def _remat(self, module: nnx.Module):
         """The module as a function whose backward pass recomputes what `model.remat` says."""

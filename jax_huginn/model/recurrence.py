@@ -29,37 +29,50 @@ class Recurrence(NamedTuple):
 
 
 def iterate(
-    core: Core, params: Any, e_BSD: jax.Array, state_BSD: jax.Array, n: Depth, k: Depth, scan_length: int
+    core: Core,
+    params: Any,
+    e_BSD: jax.Array,
+    state_BSD: jax.Array,
+    n: Depth,
+    k: Depth,
+    scan_length: int,
+    checkpoint: Callable[[Callable], Callable],
 ) -> Recurrence:
     """Run `core` n + k times; gradients flow through the last k.
 
     `n` may be traced. `scan_length` is static and at least k; where k is traced it is the backpropagation depth, and
-    the rare k below it skips steps by `lax.cond`.
+    the rare k below it skips steps by `lax.cond`. `checkpoint` is a `jax.checkpoint` of some policy; it must stand
+    around the `cond`: inside it, plain differentiation of the `cond` would save the *weights* once per step, 22 GB of
+    them at 3.8 B (docs/decisions.md).
     """
     frozen_params, frozen_e = lax.stop_gradient((params, e_BSD))
     state_BSD = lax.fori_loop(
         0, n, lambda _, state: core(frozen_params, frozen_e, state)[0], lax.stop_gradient(state_BSD)
     )
 
-    def active_step(state):
+    def active_step(params, e_BSD, state):
         new_state, routing = core(params, e_BSD, state)
         difference = lax.stop_gradient(new_state - state).astype(at_least_float32(state.dtype))
         return new_state, routing, jnp.linalg.norm(difference, axis=-1).mean()
 
-    shapes = jax.eval_shape(active_step, state_BSD)
+    shapes = jax.eval_shape(active_step, params, e_BSD, state_BSD)
 
-    def skipped_step(state):
+    def skipped_step(params, e_BSD, state):
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         return state, *zeros[1:]
 
-    def step(state, index):
+    def step(params, e_BSD, state, index):
         if isinstance(k, int):
-            new_state, *seen = active_step(state)
-        else:
-            new_state, *seen = lax.cond(index < k, active_step, skipped_step, state)
+            return active_step(params, e_BSD, state)
+        return lax.cond(index < k, active_step, skipped_step, params, e_BSD, state)
+
+    step = checkpoint(step)
+
+    def scan_step(state, index):
+        new_state, *seen = step(params, e_BSD, state, index)
         return new_state, tuple(seen)
 
-    state_BSD, (routings, residuals) = lax.scan(step, state_BSD, jnp.arange(scan_length))
+    state_BSD, (routings, residuals) = lax.scan(scan_step, state_BSD, jnp.arange(scan_length))
     residual = residuals.at[k - 1].get(mode="fill", fill_value=0) if scan_length else jnp.zeros(())
     routing = None if routings is None else Routing.total(routings, k)
     return Recurrence(state_BSD, routing, residual)
