@@ -148,23 +148,28 @@ class MoEHuginnModel(nnx.Module):
         rope_SK2 = self.rope(tokens_BS.shape[1])
         state_BSD = jnp.broadcast_to(initial_state, e_BSD.shape).astype(e_BSD.dtype)
 
-        # The core as a function of its parameters, so that the steps without gradient can run on frozen ones.
-        graphdef, params = nnx.split((self.adapter, self.core))
+        # concat[s, e] @ adapter = s @ upper half + e @ lower half, and the latter is the same in every recurrence.
+        width = self.config.model.width
+        state_half_DD, e_half_DD = self.adapter[...][:width], self.adapter[...][width:]
+        with jax.named_scope("adapter"):
+            injected_BSD = e_BSD @ e_half_DD
 
-        def core(params: Any, e_BSD: jax.Array, state_BSD: jax.Array) -> tuple[jax.Array, Routing | None]:
-            adapter, blocks = nnx.merge(graphdef, params)
+        # The core as a function of its parameters, so that the steps without gradient can run on frozen ones.
+        graphdef, core_params = nnx.split(self.core)
+
+        def core(params: Any, injected_BSD: jax.Array, state_BSD: jax.Array) -> tuple[jax.Array, Routing | None]:
+            state_half_DD, core_params = params
             routings = []
             with jax.named_scope("adapter"):
-                x_BSD = jnp.concatenate([state_BSD, e_BSD], axis=-1) @ adapter[...]
+                x_BSD = state_BSD @ state_half_DD + injected_BSD
             with jax.named_scope("core"):
-                for block in blocks:
+                for block in nnx.merge(graphdef, core_params):
                     x_BSD, seen = block(x_BSD, rope_SK2)
                     routings.append(seen)
             return x_BSD, None if routings[0] is None else Routing.combine(routings)
 
-        recurrence = iterate(
-            core, nnx.as_pure(params), e_BSD, state_BSD, n, k, scan_length, checkpoint=self._checkpoint
-        )
+        params = (state_half_DD, nnx.as_pure(core_params))
+        recurrence = iterate(core, params, injected_BSD, state_BSD, n, k, scan_length, checkpoint=self._checkpoint)
         with jax.named_scope("coda"):
             latents_BSD = y_BSD = self.norm_f(recurrence.state_BSD)
             for block in self.coda:

@@ -16,7 +16,7 @@ from jax_huginn.ops.norm import at_least_float32
 
 Depth = int | jax.Array
 Core = Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, Routing | None]]
-"""core(params, e, s) -> (next s, routing)."""
+"""core(params, injected, s) -> (next s, routing); `injected` is what every recurrence receives of the embedding."""
 
 
 class Recurrence(NamedTuple):
@@ -25,13 +25,13 @@ class Recurrence(NamedTuple):
     state_BSD: jax.Array
     routing: Routing | None
     residual: jax.Array
-    """Mean over tokens of ||s_R - s_{R-1}||; 0 where k = 0."""
+    """Mean over tokens of ||s_R - s_{R-1}||, in at least float32."""
 
 
 def iterate(
     core: Core,
     params: Any,
-    e_BSD: jax.Array,
+    injected_BSD: jax.Array,
     state_BSD: jax.Array,
     n: Depth,
     k: Depth,
@@ -45,34 +45,49 @@ def iterate(
     around the `cond`: inside it, plain differentiation of the `cond` would save the *weights* once per step, 22 GB of
     them at 3.8 B (docs/decisions.md).
     """
-    frozen_params, frozen_e = lax.stop_gradient((params, e_BSD))
-    state_BSD = lax.fori_loop(
-        0, n, lambda _, state: core(frozen_params, frozen_e, state)[0], lax.stop_gradient(state_BSD)
-    )
+    frozen_params, frozen_injected = lax.stop_gradient((params, injected_BSD))
+    state_BSD = lax.stop_gradient(state_BSD)
 
-    def active_step(params, e_BSD, state):
-        new_state, routing = core(params, e_BSD, state)
-        difference = lax.stop_gradient(new_state - state).astype(at_least_float32(state.dtype))
-        return new_state, routing, jnp.linalg.norm(difference, axis=-1).mean()
+    def frozen_step(state):
+        return core(frozen_params, frozen_injected, state)[0]
 
-    shapes = jax.eval_shape(active_step, params, e_BSD, state_BSD)
+    if scan_length == 0:  # evaluation: the last step is one without gradient
+        state_BSD, previous_BSD = lax.fori_loop(
+            0, n, lambda _, states: (frozen_step(states[0]), states[0]), (state_BSD, state_BSD)
+        )
+        _, routing = _zeros_like(jax.eval_shape(core, params, injected_BSD, state_BSD))
+        return Recurrence(state_BSD, routing, _mean_distance(state_BSD, previous_BSD))
+    state_BSD = lax.fori_loop(0, n, lambda _, state: frozen_step(state), state_BSD)
 
-    def skipped_step(params, e_BSD, state):
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        return state, *zeros[1:]
+    def active_step(params, injected_BSD, state):
+        new_state, routing = core(params, injected_BSD, state)
+        return new_state, routing, _mean_distance(new_state, state)
 
-    def step(params, e_BSD, state, index):
+    shapes = jax.eval_shape(active_step, params, injected_BSD, state_BSD)
+
+    def skipped_step(params, injected_BSD, state):
+        return state, *_zeros_like(shapes[1:])
+
+    def step(params, injected_BSD, state, index):
         if isinstance(k, int):
-            return active_step(params, e_BSD, state)
-        return lax.cond(index < k, active_step, skipped_step, params, e_BSD, state)
+            return active_step(params, injected_BSD, state)
+        return lax.cond(index < k, active_step, skipped_step, params, injected_BSD, state)
 
     step = checkpoint(step)
 
     def scan_step(state, index):
-        new_state, *seen = step(params, e_BSD, state, index)
+        new_state, *seen = step(params, injected_BSD, state, index)
         return new_state, tuple(seen)
 
     state_BSD, (routings, residuals) = lax.scan(scan_step, state_BSD, jnp.arange(scan_length))
-    residual = residuals.at[k - 1].get(mode="fill", fill_value=0) if scan_length else jnp.zeros(())
     routing = None if routings is None else Routing.total(routings, k)
-    return Recurrence(state_BSD, routing, residual)
+    return Recurrence(state_BSD, routing, residuals[k - 1])
+
+
+def _zeros_like(shapes: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+def _mean_distance(a_BSD: jax.Array, b_BSD: jax.Array) -> jax.Array:
+    difference = lax.stop_gradient(a_BSD - b_BSD).astype(at_least_float32(a_BSD.dtype))
+    return jnp.linalg.norm(difference, axis=-1).mean()
