@@ -245,15 +245,9 @@ def values_of(output: HuginnOutput | MoEHuginnOutput, prefix: str = "") -> Tenso
 
 
 def routing_values(routing: moe.Routing | RoutingStatistics) -> dict[str, np.ndarray]:
-    if isinstance(routing, moe.Routing):
-        mean_p, balance, z = routing.probability_E, routing.balance_loss, routing.z_loss
-    else:
-        mean_p, balance, z = routing.mean_probability_E, routing.balance, routing.z
-    values = {"mean_probability": mean_p, "entropy": routing.entropy, "balance_loss": balance, "z_loss": z}
-    counts = {"counts": routing.counts_E, "first_choice": routing.first_choice_E}
-    return {name: array_of(x).astype(np.int64) for name, x in counts.items()} | {
-        name: array_of(x) for name, x in values.items()
-    }
+    counts = {name: array_of(getattr(routing, name)).astype(np.int64) for name in ("counts_E", "first_choice_E")}
+    names = ("probability_E", "entropy", "balance_loss", "z_loss")
+    return counts | {name: array_of(getattr(routing, name)) for name in names}
 
 
 def array_of(x: Any) -> np.ndarray:

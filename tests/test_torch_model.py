@@ -221,7 +221,7 @@ def test_no_recurrence_reads_the_initial_state():
     state = torch.from_numpy(initial_state(0, SEQUENCE, CORE.n_embd)).double()
     assert torch.allclose(output.latents[0], model.transformer["ln_f"](state), rtol=1e-12)
     assert output.recurrent_residual == 0
-    assert output.moe.balance == 0
+    assert output.moe.balance_loss == 0
     assert output.moe.counts_E.tolist() == [0] * 4
 
 
@@ -258,7 +258,7 @@ def test_loss_is_the_mean_over_labels_that_count_plus_weighted_auxiliaries():
     output = model(tokens, num_steps=(1, 1), labels=labels)
     log_p = output.logits.log_softmax(-1)[:, :50].gather(2, labels[:, :50, None])
     assert output.log_ppl.item() == pytest.approx(-log_p.mean().item(), rel=1e-12)
-    auxiliary = 0.01 * output.moe.balance + 0.001 * output.moe.z
+    auxiliary = 0.01 * output.moe.balance_loss + 0.001 * output.moe.z_loss
     assert output.loss.item() == pytest.approx((output.log_ppl + auxiliary).item(), rel=1e-12)
 
 
@@ -308,11 +308,11 @@ def test_routing_statistics_count_by_hand():
     counts = [(order[:, :2] == i).sum().item() for i in range(4)]
     assert statistics.counts_E.tolist() == counts
     assert statistics.first_choice_E.tolist() == [(order[:, 0] == i).sum().item() for i in range(4)]
-    assert torch.allclose(statistics.mean_probability_E, p.mean(0), rtol=1e-12)
+    assert torch.allclose(statistics.probability_E, p.mean(0), rtol=1e-12)
     assert statistics.entropy.item() == pytest.approx(torch.distributions.Categorical(p).entropy().mean().item())
-    assert statistics.z.item() == pytest.approx(logits.exp().sum(-1).log().square().mean().item())
+    assert statistics.z_loss.item() == pytest.approx(logits.exp().sum(-1).log().square().mean().item())
     share = np.array(counts) / sum(counts)
-    assert statistics.balance.item() == pytest.approx(4 * (share * p.mean(0).detach().numpy()).sum(), rel=1e-12)
+    assert statistics.balance_loss.item() == pytest.approx(4 * (share * p.mean(0).detach().numpy()).sum(), rel=1e-12)
 
 
 def test_core_placement_averages_over_gradient_iterations_and_blocks():
@@ -323,8 +323,8 @@ def test_core_placement_averages_over_gradient_iterations_and_blocks():
     found = model(tokens, num_steps=(2, 3)).moe
     assert len(calls) == (2 + 3) * 2
     counted = calls[4:]
-    assert found.balance.item() == pytest.approx(np.mean([call.balance.item() for call in counted]))
-    assert found.z.item() == pytest.approx(np.mean([call.z.item() for call in counted]))
+    assert found.balance_loss.item() == pytest.approx(np.mean([call.balance_loss.item() for call in counted]))
+    assert found.z_loss.item() == pytest.approx(np.mean([call.z_loss.item() for call in counted]))
     assert torch.equal(found.counts_E, sum(call.counts_E for call in counted))
     assert found.counts_E.sum() == 3 * 2 * tokens.numel() * 2
     assert not torch.equal(calls[4].counts_E, calls[8].counts_E)  # routed anew
@@ -335,7 +335,7 @@ def test_balance_is_one_when_balanced_and_e_when_collapsed():
     moe = MoE(replace(INJECTION, n_embd=4, num_attention_heads=2, moe_k=1)).double()
     for router, balance in ((torch.eye(4), 1.0), (torch.tensor([[1.0], [0], [0], [0]]).expand(4, 4), 4.0)):
         moe.router.weight.data = 50 * router.double()
-        assert moe(x_BSD)[1].balance.item() == pytest.approx(balance)
+        assert moe(x_BSD)[1].balance_loss.item() == pytest.approx(balance)
 
 
 def test_ties_go_to_the_experts_of_lowest_index():
@@ -367,7 +367,7 @@ def test_router_and_norm_compute_in_float32_for_bfloat16():
     moe = perturbed(INJECTION).transformer["moe"].bfloat16()
     logits = x[0].double() @ moe.router.weight.double().T
     expected = logits.logsumexp(-1).square().mean().item()
-    assert moe(x)[1].z.item() == pytest.approx(expected, rel=1e-5)
+    assert moe(x)[1].z_loss.item() == pytest.approx(expected, rel=1e-5)
 
     norm = RMSNorm(32, 1e-6).bfloat16()
     norm.weight.data = (1 + torch.randn(32) / 3).bfloat16()

@@ -34,10 +34,10 @@ class RoutingStatistics:
 
     counts_E: Tensor  # noqa: N815  assignments that each expert received
     first_choice_E: Tensor  # noqa: N815  tokens that each expert was the first choice of
-    mean_probability_E: Tensor  # noqa: N815  mean over tokens of the softmax over all experts
+    probability_E: Tensor  # noqa: N815  mean over tokens of the softmax over all experts
     entropy: Tensor  # mean over tokens of that softmax's entropy, in nats
-    z: Tensor  # mean squared logsumexp of the logits: the z-loss before its weight
-    balance: Tensor  # E * sum_i f_i P_i, 1 when balanced: the balance loss before its weight
+    z_loss: Tensor  # mean squared logsumexp of the logits: the z-loss before its weight
+    balance_loss: Tensor  # E * sum_i f_i P_i, 1 when balanced: the balance loss before its weight
 
 
 @dataclass
@@ -174,10 +174,10 @@ def routing_statistics(logits_TE: Tensor, chosen_TA: Tensor) -> RoutingStatistic
     return RoutingStatistics(
         counts_E=counts_E,
         first_choice_E=torch.bincount(chosen_TA[:, 0], minlength=E),
-        mean_probability_E=probability_E,
+        probability_E=probability_E,
         entropy=-(log_p_TE.exp() * log_p_TE).sum(dim=-1).mean(),
-        z=logits_TE.logsumexp(dim=-1).square().mean(),
-        balance=E * (counts_E.to(probability_E) / chosen_TA.numel() * probability_E).sum(),
+        z_loss=logits_TE.logsumexp(dim=-1).square().mean(),
+        balance_loss=E * (counts_E.to(probability_E) / chosen_TA.numel() * probability_E).sum(),
     )
 
 
@@ -280,7 +280,7 @@ class MoEHuginnModel(nn.Module):
             out.log_ppl = F.cross_entropy(out.logits.flatten(0, 1), labels_T, ignore_index=IGNORED_LABEL)
             out.loss = out.log_ppl
             if out.moe is not None:
-                out.loss = out.loss + self.config.balance_weight * out.moe.balance + self.config.z_weight * out.moe.z
+                out.loss = out.loss + self.config.balance_weight * out.moe.balance_loss + self.config.z_weight * out.moe.z_loss
         return out
 
     def unembed(self, output_BSD: Tensor) -> Tensor:
