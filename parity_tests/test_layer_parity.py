@@ -142,7 +142,7 @@ def test_router_weights_choices_and_statistics_agree(dtype):
     ours = {"choices": np.asarray(experts, np.int64), "weights": np.asarray(weights), **routing_values(routing)}
     theirs = {"choices": spy.orders[0][:, :2], "weights": spy.weights[0], **routing_values(twin_routing)}
     check(ours, theirs, VALUES[dtype], f"values, {dtype}")
-    assert routing_values(routing)["counts"].sum() == 2 * len(x)
+    assert routing_values(routing)["counts_E"].sum() == 2 * len(x)
 
 
 @each_dtype
@@ -201,4 +201,4 @@ def test_a_collapsed_router_loses_no_token(dtype):
     check_layer(ours, twin_layer_gradients(twin, x, "transformer.moe"), dtype)
     ours, theirs = (routing_values(m) for m in (layer(jnp.asarray(x[0]))[1], twin(torch.from_numpy(x[0]))[1]))
     check(ours, theirs, VALUES[dtype], f"values, {dtype}")
-    assert ours["first_choice"].tolist() == [0, 0, 128, 0]
+    assert ours["first_choice_E"].tolist() == [0, 0, 128, 0]
