@@ -1,10 +1,12 @@
-"""Reads and writes `.pth` files in the public training-checkpoint layout.
+"""Reads and writes `.pth` files in the public training-checkpoint layout, and reads Hugging Face folders.
 
 A file is a dict of `model`, whose keys are PREFIX + a name of `MoEHuginnModel.state_dict()`, and `model_config`,
 a plain dict. Two entries repeat what the model knows: `lm_head.weight` is the tied embedding, and `freqs_cis`
-holds RoPE's cos and sin. Both are written, since the public script loads strictly, and checked when read.
+holds RoPE's cos and sin. Both are written, since the public script loads strictly, and checked when read. A folder
+holds the same tensors without PREFIX in safetensors files, and the config, partly in other words, in config.json.
 """
 
+import json
 import os
 from functools import reduce
 from pathlib import Path
@@ -25,13 +27,13 @@ class CheckpointError(ValueError):
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> MoEHuginnModel:
-    """The model in the file, on the CPU, in the file's own type, in evaluation mode.
+    """The model in the file or Hugging Face folder, on the CPU, in the file's own type, in evaluation mode.
 
     Nothing but tensors and plain values is unpickled. Raises CheckpointError for a file that is missing, broken,
     or of another shape or kind of model.
     """
     path = Path(path)
-    content = _read(path)
+    content = _read_folder(path) if path.is_dir() else _read(path)
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict) or "model_config" not in content:
         raise CheckpointError(f"{path}: not a dict of 'model' and 'model_config', so no checkpoint of this layout")
     try:
@@ -104,6 +106,27 @@ def _read(path: Path) -> Any:
     except Exception as error:  # torch reports a broken file by whatever its parts happened to raise
         reason = "it holds more than tensors and plain values" if "GLOBAL" in str(error) else type(error).__name__
         raise CheckpointError(f"{path}: cannot be loaded as a checkpoint ({reason})") from None
+
+
+def _read_folder(folder: Path) -> dict[str, Any]:
+    """A folder's content as if it were a file's."""
+    from safetensors.torch import load_file
+
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: no such file, nor a Hugging Face folder")
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        index = folder / "model.safetensors.index.json"
+        files = {"model.safetensors"}
+        if index.is_file():
+            files = set(json.loads(index.read_text())["weight_map"].values())
+        weights = {name: weight for file in sorted(files) for name, weight in load_file(folder / file).items()}
+    except Exception as error:  # whatever a broken file makes its reader raise
+        raise CheckpointError(f"{folder}: cannot be loaded as a checkpoint ({type(error).__name__})") from None
+    if isinstance(config, dict) and config.get("model_type") == "huginn_raven":
+        renamed = {"n_heads": "num_attention_heads", "vocab_size": "padded_vocab_size"}
+        config = {renamed.get(name, name): value for name, value in config.items()}
+    return {"model": weights, "model_config": config}
 
 
 def _check_repeated(

@@ -176,8 +176,10 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its schedule (arXiv 2502.05171, section 4.3: constant rate after warmup, clip at 1)."""
+    """Optimiser and schedule (arXiv 2502.05171, section 4.3: constant rate after warmup, clip at 1)."""
 
+    name: Literal["adamw", "adam_atan2", "muon"] = "adamw"
+    """adam_atan2: as the public run used it. muon: on the hidden matrices, at AdamW's rate; the rest is on AdamW."""
     learning_rate: float = 5e-4
     """Peak learning rate."""
     schedule: Literal["trapezoid", "cosine"] = "trapezoid"
@@ -193,22 +195,36 @@ class OptimizerConfig:
     b2: float = 0.95
     """Decay of the second moment."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay on matrices; norms and biases are never decayed."""
+    """Added to the root of the second moment; adam_atan2 has a floor of 1e-6 under that root instead."""
+    weight_decay: float | None = None
+    """Share of itself that a matrix loses in a step, norms and biases never: times the learning rate in adamw and muon
+    (None: 0.1), times the learning rate over its peak in adam_atan2 (None: 1e-4, the public run's)."""
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type in which both moments are kept between steps; bfloat16 saves 4 bytes a parameter."""
+    """Type in which moments are kept between steps; bfloat16 saves 4 bytes a parameter, of muon's matrices 2."""
     clip_norm: float = 1.0
     """Global gradient norm above which gradients are scaled down."""
+
+    @property
+    def decay(self) -> float:
+        """`weight_decay`, or the optimiser's own."""
+        if self.weight_decay is not None:
+            return self.weight_decay
+        return 1e-4 if self.name == "adam_atan2" else 0.1
 
     def __post_init__(self) -> None:
         _require_positive("optimizer", self, "learning_rate", "eps", "clip_norm")
         for name in ("b1", "b2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optimizer.{name}={value} must lie in [0, 1)")
-        for name in ("warmup_steps", "cooldown_steps", "final_fraction", "weight_decay"):
+        for name in ("warmup_steps", "cooldown_steps", "final_fraction"):
             value = getattr(self, name)
             require(value >= 0, f"optimizer.{name}={value} must not be negative")
+        require(self.decay >= 0, f"optimizer.weight_decay={self.decay} must not be negative")
+        require(
+            self.name != "adam_atan2" or self.decay <= 0.01,
+            f"optimizer.weight_decay={self.decay} under optimizer.name=adam_atan2 is the share of every matrix lost in "
+            "each step at the peak learning rate; the public run's is 1e-4, adamw's 0.1 at a rate of 5e-4 is 5e-5",
+        )
 
 
 @dataclass(frozen=True)
@@ -272,6 +288,9 @@ class CheckpointConfig:
     """Go on from the newest checkpoint of the run folder."""
     overwrite: bool = False
     """With resume false: delete the run folder's earlier results."""
+    init_from: str = ""
+    """Start from the weights of a run or step folder, a .pth or a Hugging Face folder: fresh optimiser, step 0. Only a
+    start: once the run folder has a checkpoint of its own, the run goes on from that."""
 
     def __post_init__(self) -> None:
         _require_positive("checkpoint", self, "every", "keep")

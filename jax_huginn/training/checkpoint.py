@@ -71,11 +71,9 @@ class Checkpoints:
         nnx.replace_by_pure_dict(params, restored["params"])
         return TrainState(nnx.as_pure(params), restored["optimizer"], jnp.asarray(step, jnp.int32))
 
-    def wait(self) -> None:
+    def close(self) -> None:
         """Block until the last save is on disk."""
         self.manager.wait_until_finished()
-
-    def close(self) -> None:
         self.manager.close()
 
 
@@ -111,12 +109,17 @@ def load_checkpoint(run_or_step: str | os.PathLike) -> huginn.MoEHuginnModel:
     step = find_step(run_or_step)
     config = load_config(step)
     graphdef, params = abstract_model(config)
-    target = ocp.args.StandardRestore(_placed(nnx.to_pure_dict(params)))
+    return nnx.merge(graphdef, restore_params(step, _placed(params)))
+
+
+def restore_params(step: Path, abstract: Any) -> Any:
+    """The parameters in a step folder, typed and placed as the `abstract` ones are."""
+    target = ocp.args.StandardRestore(nnx.to_pure_dict(abstract))
     restored = ocp.CheckpointManager(step.parent.resolve()).restore(
         int(step.name), args=ocp.args.Composite(params=target)
     )["params"]
-    nnx.replace_by_pure_dict(params, restored)
-    return nnx.merge(graphdef, params)
+    nnx.replace_by_pure_dict(abstract, restored)
+    return nnx.as_pure(abstract)
 
 
 def _placed(tree: Any) -> Any:

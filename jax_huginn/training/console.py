@@ -2,7 +2,10 @@
 
 import sys
 import time
+from pathlib import Path
 from typing import Any
+
+from jax_huginn.config.schema import Config
 
 
 class Console:
@@ -36,3 +39,25 @@ class Console:
         """A line that stays."""
         print(("\n" if self.unfinished else "") + text, flush=True)
         self.unfinished = False
+
+
+def describe(losses: dict[str, float]) -> str:
+    """'r=1 3.21 nats (1.54 bits/byte), r=4 ...'."""
+    parts = []
+    for name, value in losses.items():
+        if name.startswith("val_loss_r"):
+            depth = name.removeprefix("val_loss_r")
+            per_byte = losses.get(f"val_bpb_r{depth}")
+            parts.append(f"r={depth} {value:.4f} nats" + (f" ({per_byte:.4f} bits/byte)" if per_byte else ""))
+    return ", ".join(parts)
+
+
+def next_commands(run_dir: Path, config: Config) -> list[str]:
+    """What a newcomer does with a finished run."""
+    evaluate = (
+        f"python torch_reference/quick_checkpoint_eval.py --checkpoint_name {run_dir}/model.pth "
+        f"--tokenizer_path {run_dir}/tokenizer --tasks stdlib_continuation,stdlib_perplexity "
+        f"--recurrence {config.recurrence.mean}"
+    )
+    export = f"python -m jax_huginn.export {run_dir} --out {run_dir}/model.pth"
+    return [export, evaluate] + [f"tensorboard --logdir {run_dir}"] * config.log.tensorboard

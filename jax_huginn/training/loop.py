@@ -1,6 +1,7 @@
 """The training loop: restore, step, log, validate, save."""
 
-import time
+import dataclasses
+from contextlib import closing
 from typing import Any
 
 import jax
@@ -9,14 +10,15 @@ import numpy as np
 from jax_huginn.config.schema import Config
 from jax_huginn.data.pipeline import build_data
 from jax_huginn.training.checkpoint import Checkpoints
-from jax_huginn.training.console import Console
+from jax_huginn.training.clock import Clock
+from jax_huginn.training.console import Console, describe, next_commands
 from jax_huginn.training.depth import sample_depths
-from jax_huginn.training.flops import peak_flops, training_flops
 from jax_huginn.training.metrics import routing_metrics
 from jax_huginn.training.run_folder import open_run_folder
 from jax_huginn.training.step import StepMetrics, init_state, make_train_step
 from jax_huginn.training.stopping import StopSignal
 from jax_huginn.training.validation import make_validation
+from jax_huginn.training.weights import adopt_tokenizer, open_start
 from jax_huginn.training.writers import make_writers
 
 
@@ -29,6 +31,7 @@ def train(config: Config) -> None:
     console = Console(config.train.steps)
 
     # ---------------------------------------------------------------- run folder, data, checkpoints
+    initial = open_start(config)  # before the folder is made: a start that cannot be leaves none behind
     run_dir = open_run_folder(config)
     checkpoints = Checkpoints(run_dir, config.checkpoint)
     start = checkpoints.latest_step() or 0
@@ -37,6 +40,8 @@ def train(config: Config) -> None:
             f"{run_dir} is finished: it is at step {start} of {config.train.steps}; raise --train.steps to go on"
         )
         return
+    if initial and (warning := adopt_tokenizer(initial, config, run_dir)):
+        console.say(warning)
     data = build_data(config, run_dir / "tokenizer")
 
     # ---------------------------------------------------------------- state
@@ -45,6 +50,9 @@ def train(config: Config) -> None:
         console.say(f"resuming {run_dir} from step {start}")
     else:
         state = jax.jit(lambda: init_state(config))()
+        if initial:
+            state = dataclasses.replace(state, params=initial.load(state.params))
+            console.say(f"weights of {config.checkpoint.init_from}, fresh optimiser")
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     device = jax.devices()[0]
     console.say(f"{parameters / 1e6:.2f} M parameters on {device.device_kind}, run folder {run_dir}")
@@ -75,9 +83,8 @@ def train(config: Config) -> None:
         console.progress(record, clock.seconds_per_step, is_logged(record["step"]))
 
     # ---------------------------------------------------------------- steps
-    losses: dict[str, float] = {}
     pending = None
-    with StopSignal() as stop:
+    with StopSignal() as stop, closing(data.train), closing(checkpoints):
         for step in range(start, config.train.steps):
             batch = next(data.train)
             depths = sample_depths(config.recurrence, config.train.seed, step, config.train.micro_batches)
@@ -88,29 +95,27 @@ def train(config: Config) -> None:
             pending = (step + 1, metrics, depths)
 
             done = step + 1
-            last = done == config.train.steps or stop.received is not None
-            validating = validate and (done == config.train.steps or _is_due(done, config.validation.every))
-            if last or validating or _is_due(done, config.checkpoint.every):
+            stopping = stop.received is not None  # read once: a signal may come between two looks
+            last = done == config.train.steps
+            saving = last or stopping or _is_due(done, config.checkpoint.every)
+            validating = not stopping and (last or _is_due(done, config.validation.every))
+            if saving or validating:
                 record, pending = fetch(*pending), None
                 clock.pause()
-                if last or _is_due(done, config.checkpoint.every):
+                if saving:
                     checkpoints.save(state, data.train, config)
-                if validating and validate and not stop.received:
-                    losses = validate(state.params)
-                    record |= losses
+                losses = validate(state.params) if validate and validating else {}
                 clock.resume()
-                send(record)
-                if validating and losses:
+                send(record | losses)
+                if losses:
                     console.say(f"step {done}  held out: {describe(losses)}")
-            if stop.received:
+            if stopping:
                 break
 
     # ---------------------------------------------------------------- end
-    checkpoints.wait()
-    checkpoints.close()
     for writer in writers:
         writer.close()
-    if stop.received:
+    if int(state.step) < config.train.steps:
         console.say(f"stopped by {stop.received}: saved step {int(state.step)}; the same command goes on from there")
         return
     console.say(f"finished {config.train.steps} steps in {run_dir}")
@@ -119,65 +124,3 @@ def train(config: Config) -> None:
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-class Clock:
-    """Speed of the steps between two readings; validation and saving are paused out, and so is the first step,
-    which compiles."""
-
-    def __init__(self, config: Config, device_kind: str):
-        self.config, self.peak = config, peak_flops(device_kind)
-        self.tokens = config.train.batch_size * config.train.sequence_length
-        self.last: float | None = None
-        self.steps, self.seconds, self.flops = 0, 0.0, 0.0
-        self.seconds_per_step = 0.0
-
-    def tick(self, n: float, k: float) -> None:
-        now = time.perf_counter()
-        if self.last is not None:
-            self.steps += 1
-            self.seconds += now - self.last
-            self.flops += self.tokens * training_flops(self.config, n, k)
-            self.seconds_per_step = self.seconds / self.steps
-        self.last = now
-
-    def read(self) -> dict[str, float]:
-        """Tokens/s, TFLOP/s and, on a known device, MFU since the last reading."""
-        if not self.steps:
-            return {}
-        record = {
-            "tokens_per_second": self.steps * self.tokens / self.seconds,
-            "tflops_per_second": self.flops / self.seconds / 1e12,
-        }
-        if self.peak:
-            record["mfu"] = self.flops / self.seconds / self.peak
-        self.steps, self.seconds, self.flops = 0, 0.0, 0.0
-        return record
-
-    def pause(self) -> None:
-        self.last = None
-
-    def resume(self) -> None:
-        self.last = time.perf_counter()
-
-
-def describe(losses: dict[str, float]) -> str:
-    """'r=1 3.21 nats (1.54 bits/byte), r=4 ...'."""
-    parts = []
-    for name, value in losses.items():
-        if name.startswith("val_loss_r"):
-            depth = name.removeprefix("val_loss_r")
-            per_byte = losses.get(f"val_bpb_r{depth}")
-            parts.append(f"r={depth} {value:.4f} nats" + (f" ({per_byte:.4f} bits/byte)" if per_byte else ""))
-    return ", ".join(parts)
-
-
-def next_commands(run_dir: Any, config: Config) -> list[str]:
-    """What a newcomer does with a finished run."""
-    evaluate = (
-        f"python torch_reference/quick_checkpoint_eval.py --checkpoint_name {run_dir}/model.pth "
-        f"--tokenizer_path {run_dir}/tokenizer --tasks stdlib_continuation,stdlib_perplexity "
-        f"--recurrence {config.recurrence.mean}"
-    )
-    export = f"python -m jax_huginn.export {run_dir} --out {run_dir}/model.pth"
-    return [export, evaluate] + [f"tensorboard --logdir {run_dir}"] * config.log.tensorboard

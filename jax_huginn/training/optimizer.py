@@ -1,12 +1,21 @@
-"""AdamW on float32 master weights and its learning-rate schedules."""
+"""The optimisers on float32 master weights, which weights each of them moves and decays, and the schedules."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from jax_huginn.config.schema import Config
+from jax_huginn.training.adam_atan2 import scale_by_adam_atan2
+
+MUON_MOMENTUM = 0.95  # of Keller Jordan's Muon, torch.optim.Muon and optax alike
+MUON_RMS = 0.2  # of a Muon update, about that of an AdamW update, so that both take one learning rate: arXiv 2502.16982
+
+
+# ---- Schedule -----------------------------------------------------------------------------------------------------
 
 
 def make_schedule(config: Config) -> optax.Schedule:
@@ -28,40 +37,99 @@ def make_schedule(config: Config) -> optax.Schedule:
     return schedule
 
 
-def decayed(params: Any) -> Any:
-    """True for the matrices, which are decayed; False for norms and biases."""
+# ---- Groups of weights --------------------------------------------------------------------------------------------
 
-    def is_matrix(path, leaf) -> bool:
-        return leaf.ndim >= 2 and getattr(path[-1], "key", None) != "qk_bias"
+Group = Literal["vector", "embedding", "router", "matrix", "expert stack"]
 
-    return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+def group_of(path: Any, leaf: Any) -> Group:
+    """What a parameter is, by its path and shape. Vectors are the norms and the biases, whatever their shape."""
+    names = [getattr(entry, "key", None) for entry in path]
+    if leaf.ndim < 2 or names[-1] == "qk_bias":
+        return "vector"
+    if names[-1] in ("wte", "router"):
+        return "embedding" if names[-1] == "wte" else "router"
+    return "expert stack" if "experts" in names else "matrix"
+
+
+def _where(*groups: Group) -> Callable[[Any], Any]:
+    """params -> tree of booleans, true for the parameters of these groups."""
+    return lambda params: jax.tree_util.tree_map_with_path(lambda *leaf: group_of(*leaf) in groups, params)
+
+
+decayed = _where("embedding", "router", "matrix", "expert stack")
+"""Weight decay spares norms and biases."""
+in_muon = _where("matrix", "expert stack")
+"""Hidden matrices. The embedding is the tied head too, and the router is a head over experts: both stay on AdamW."""
+
+
+# ---- Optimisers ---------------------------------------------------------------------------------------------------
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW (arXiv 1711.05101)."""
-    optimizer = config.optimizer
+    """Clipping by global norm, then the optimiser of `optimizer.name`."""
     base = optax.chain(
-        optax.clip_by_global_norm(optimizer.clip_norm),
-        optax.adamw(
-            make_schedule(config),
-            b1=optimizer.b1,
-            b2=optimizer.b2,
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-            mask=decayed,
+        optax.clip_by_global_norm(config.optimizer.clip_norm),
+        {"adamw": _adamw, "adam_atan2": _adam_atan2, "muon": _muon}[config.optimizer.name](config),
+    )
+    return base if config.optimizer.moment_dtype == "float32" else kept_in(base, config.optimizer.moment_dtype)
+
+
+def _adamw(config: Config) -> optax.GradientTransformation:
+    """AdamW (arXiv 1711.05101): a weight loses learning rate * weight decay of itself in a step."""
+    optimizer = config.optimizer
+    return optax.adamw(
+        make_schedule(config),
+        b1=optimizer.b1,
+        b2=optimizer.b2,
+        eps=optimizer.eps,
+        weight_decay=optimizer.decay,
+        mask=decayed,
+    )
+
+
+def _adam_atan2(config: Config) -> optax.GradientTransformation:
+    """Adam-atan2 of the public run: a weight loses learning rate / peak * weight decay of itself in a step."""
+    optimizer = config.optimizer
+    return optax.chain(
+        scale_by_adam_atan2(optimizer.b1, optimizer.b2, lambda *leaf: group_of(*leaf) == "expert stack"),
+        optax.add_decayed_weights(optimizer.decay / optimizer.learning_rate, decayed),
+        optax.scale_by_learning_rate(make_schedule(config)),
+    )
+
+
+def _muon(config: Config) -> optax.GradientTransformation:
+    """Muon on the hidden matrices, each expert's its own, and AdamW on the rest; one learning rate, decayed alike.
+
+    AdamW is our own: `optax.contrib.muon` would give the rest Nesterov momentum, b2 0.999 and no decay, and would also
+    count 3-D expert stacks to it, the embedding and the router not.
+    """
+    optimizer = config.optimizer
+    muon = optax.contrib.muon(
+        make_schedule(config),
+        beta=MUON_MOMENTUM,
+        weight_decay=optimizer.decay,
+        consistent_rms=MUON_RMS,
+        # (..., in, out): axes that are neither are a batch of matrices.
+        muon_weight_dimension_numbers=lambda params: jax.tree.map(
+            lambda _: optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1), params
         ),
     )
-    return base if optimizer.moment_dtype == "float32" else kept_in(base, optimizer.moment_dtype)
+    return optax.partition(
+        {True: muon, False: _adamw(config)},
+        in_muon,  # pyright: ignore[reportArgumentType]  any hashable labels will do
+    )
 
 
 def kept_in(base: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
-    """`base`, computing as before, with its floating-point state stored in `dtype` between updates.
+    """`base`, computing as before, with its moments stored in `dtype` between updates.
 
     optax's own `mu_dtype` narrows the first moment only.
     """
 
     def cast(state: Any, dtype: jax.typing.DTypeLike) -> Any:
-        return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+        # Of the state only what has a parameter's shape: Muon keeps its coefficients there too.
+        return optax.tree.map_params(base, lambda x: x.astype(dtype), state)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         updates, state = base.update(updates, cast(state, jnp.float32), params)

@@ -39,6 +39,11 @@ def open_run_folder(config: Config) -> Path:
             shutil.rmtree(folder / name, ignore_errors=True)
         for name in ("metrics.jsonl", "config.json", "wandb_id"):
             (folder / name).unlink(missing_ok=True)
+    elif (folder / "checkpoints/0").is_dir():
+        raise ConfigError(
+            f"run_dir={folder} holds imported weights and no optimiser state to go on from: start another --run_dir "
+            f"from them with --checkpoint.init_from {folder}"
+        )
     elif file.exists():
         _require_same_run(folder, _read(file), to_dict(config))
     try:

@@ -1,5 +1,8 @@
 """Where records go: metrics.jsonl, TensorBoard, Weights & Biases."""
 
+# The messages of TensorBoard's protocol buffers are made at import time, where pyright does not see them.
+# pyright: reportAttributeAccessIssue=false
+
 import json
 import math
 import time

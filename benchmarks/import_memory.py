@@ -1,0 +1,77 @@
+"""Host memory of importing 3.565 B parameters: python -m benchmarks.import_memory [--dtype bfloat16] [--folder DIR]
+
+Makes a Hugging Face folder of huginn-0125's shape from made-up numbers (7.8 GB in bfloat16), imports it by the command
+that a user types, in a process of its own, and prints that process's largest resident size. Both folders are removed
+again; they need 23 GB of disk in `--folder`.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.common import override, report
+from configs.huginn_3_5b import get_config
+from jax_huginn.interop.description import huggingface_config
+from jax_huginn.interop.huggingface import SHARD_BYTES
+from jax_huginn.interop.safetensors_files import write_shards
+from jax_huginn.interop.weights import (
+    EMBEDDING,
+    FLOATS,
+    FREQUENCIES,
+    LM_HEAD,
+    abstract_params,
+    frequencies,
+    tensor_shapes,
+)
+
+
+def make_folder(folder: Path, settings: list[str], dtype: str) -> int:
+    """Write the made-up checkpoint; returns its number of parameters."""
+    config = override(get_config(), settings)
+    number = next(number for number, name in FLOATS.items() if name == dtype)
+    shapes = tensor_shapes(config, abstract_params(config))
+    declared = {name: (shape, number if name != FREQUENCIES else np.dtype("f4")) for name, shape in shapes.items()}
+    block = np.random.default_rng(0).standard_normal(2**20, np.float32).astype(number)
+
+    def tensors():
+        for name, (shape, _) in declared.items():
+            yield name, frequencies(config) if name == FREQUENCIES else np.resize(block, shape)
+
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(huggingface_config(config, dtype)))
+    write_shards(folder, declared, tensors(), SHARD_BYTES)
+    assert shapes[LM_HEAD] == shapes[EMBEDDING]
+    return sum(int(np.prod(shape)) for name, shape in shapes.items() if name not in (LM_HEAD, FREQUENCIES))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the made-up folder")
+    parser.add_argument("--folder", default=".", help="where the two folders are made and removed")
+    parser.add_argument("settings", nargs="*", help="section.field=value, for a smaller model")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        parameters = make_folder(Path(name, "huginn"), options.settings, options.dtype)
+        start = time.perf_counter()
+        command = [sys.executable, "-m", "jax_huginn.import_checkpoint", f"{name}/huginn", "--out", f"{name}/run"]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+        seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024  # Linux counts in KiB
+    report(
+        benchmark="import_memory",
+        parameters=parameters,
+        dtype=options.dtype,
+        peak_gigabytes=round(peak / 1e9, 2),
+        seconds=round(seconds, 1),
+    )
+
+
+if __name__ == "__main__":
+    main()

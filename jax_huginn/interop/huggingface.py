@@ -1,0 +1,129 @@
+"""A Hugging Face folder: config.json, model.safetensors (in shards when it is large) and the tokenizer's files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jax_huginn.interop.description import config_of_huggingface, huggingface_config
+from jax_huginn.interop.errors import ExportError, WeightsError, check_target
+from jax_huginn.interop.names import params_of, to_torch
+from jax_huginn.interop.safetensors_files import INDEX, SINGLE, read_tensors, write_shards
+from jax_huginn.interop.weights import (
+    EMBEDDING,
+    FLOATS,
+    FREQUENCIES,
+    LM_HEAD,
+    LazyArray,
+    Weights,
+    checked,
+    frequencies,
+    tensor_shapes,
+)
+
+if TYPE_CHECKING:
+    from jax_huginn.model.huginn import MoEHuginnModel
+
+SHARD_BYTES = 5_000_000_000
+
+
+def read_huggingface(folder: str | os.PathLike) -> Weights:
+    """The weights in a folder of huginn-0125's layout or of ours, sharded or not. Tensors are read when asked for.
+
+    Raises:
+        WeightsError: a file that is missing or broken, or a model that this one cannot be.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise WeightsError(f"{folder}: no config.json there, so neither a run nor a Hugging Face folder")
+    described = _read_json(folder / "config.json")
+    if (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
+        tensors = _read_shards(folder)
+    else:
+        tensors = read_tensors(folder / SINGLE)
+    return checked(
+        folder,
+        tensors,
+        lambda dtype: config_of_huggingface(described, f"{folder / 'config.json'}: ", dtype),
+        folder if (folder / "tokenizer.json").is_file() else None,
+    )
+
+
+def _read_shards(folder: Path) -> dict[str, LazyArray]:
+    index = _read_json(folder / INDEX)
+    where = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+        raise WeightsError(f"{folder / INDEX}: no 'weight_map' of names to files")
+    shards = {}
+    for file in sorted(set(where.values())):
+        if Path(file).name != file:
+            raise WeightsError(f"{folder / INDEX}: {file!r} is not a file of this folder")
+        shards[file] = read_tensors(folder / file)
+    for name, file in where.items():
+        if name not in shards[file]:
+            raise WeightsError(f"{folder / file}: {name} is missing, which {INDEX} places there")
+    return {name: shards[file][name] for name, file in where.items()}
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{file} cannot be read as JSON: {error}") from None
+
+
+def write_huggingface(
+    model: MoEHuginnModel,
+    folder: str | os.PathLike,
+    tokenizer: Path | None = None,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write `model` as a folder; one tensor at a time leaves the device.
+
+    Args:
+        tokenizer: folder whose files are copied into the new one.
+        dtype: of the tensors, `bfloat16`, `float32` or `float64`; the parameters' own when not given.
+        shard_bytes: most bytes of tensors in one file.
+
+    Raises:
+        ExportError: the folder exists or cannot be written.
+    """
+    folder = Path(folder)
+    check_target(folder)
+    config, params = model.config, params_of(model)
+    kind = dtype or config.model.param_dtype
+    number = next(number for number, name in FLOATS.items() if name == kind)
+    declared = {
+        name: (shape, np.dtype(np.float32) if name == FREQUENCIES else number)
+        for name, shape in tensor_shapes(config, params).items()
+    }
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        yield from to_torch(params)
+        yield LM_HEAD, np.asarray(params[EMBEDDING.split(".")[1]])
+        yield FREQUENCIES, frequencies(config)
+
+    try:
+        # Beside the folder and then renamed, so that it appears whole or not at all.
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
+            unfinished = Path(name, folder.name)
+            unfinished.mkdir()
+            if tokenizer:
+                shutil.copytree(tokenizer, unfinished, dirs_exist_ok=True)
+            _write_json(unfinished / "config.json", huggingface_config(config, kind))
+            write_shards(unfinished, declared, tensors(), shard_bytes)
+            unfinished.rename(folder)
+    except OSError as error:
+        raise ExportError(f"{folder} cannot be written: {error.strerror or error}") from None
+
+
+def _write_json(file: Path, values: dict[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

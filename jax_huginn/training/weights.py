@@ -1,0 +1,194 @@
+"""Weights without a training state: written as step 0 of a run (import), and read as the start of one (`init_from`)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from jax_huginn.config.schema import Config, to_dict
+from jax_huginn.interop.errors import WeightsError
+from jax_huginn.interop.weights import LazyArray, Weights, open_weights
+from jax_huginn.training.checkpoint import CHECKPOINTS, CheckpointError, find_step, load_config, restore_params
+
+# What must be equal for weights to mean the same model; the rest only trains or executes it.
+_SHAPING = {
+    "model": ("vocab_size", "width", "heads", "kv_heads", "mlp_width", "prelude_layers", "core_layers", "coda_layers",
+              "norm_eps", "rope_base"),
+    "moe": ("experts", "active", "width", "placement", "residual"),
+}  # fmt: skip
+_TOKENIZER_FILES = (
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "tokenizer.model", "chat_template.jinja", "tokenizer.json",
+)  # fmt: skip
+
+
+# ---- Import: a run folder whose only checkpoint is step 0 -----------------------------------------------------------
+
+
+def write_run(weights: Weights, run_dir: Path, tokenizer: Path | None = None) -> None:
+    """Create a run folder of `weights`, which pass through the memory one tensor at a time.
+
+    Args:
+        tokenizer: folder of a tokenizer, instead of the one that came with the weights.
+
+    Raises:
+        WeightsError: the folder exists or cannot be written, the tokenizer is none, or the weights are broken.
+    """
+    if run_dir.exists():
+        raise WeightsError(f"{run_dir} exists: remove it or name another --out")
+    tokenizer = tokenizer or weights.tokenizer
+    if tokenizer and not (tokenizer / "tokenizer.json").is_file():
+        raise WeightsError(f"{tokenizer}: no tokenizer.json there")
+    config = replace(weights.config, run_dir=str(run_dir))
+    try:
+        run_dir.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the run and then renamed, so that it appears whole or not at all.
+        with tempfile.TemporaryDirectory(dir=run_dir.parent, prefix=f".{run_dir.name}.") as name:
+            unfinished = Path(name, run_dir.name)
+            unfinished.mkdir()
+            (unfinished / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+            if tokenizer:
+                copy_tokenizer(tokenizer, unfinished / "tokenizer")
+            _save_streamed(unfinished / CHECKPOINTS, weights.params(), config, str(weights.path))
+            unfinished.rename(run_dir)
+    except OSError as error:
+        raise WeightsError(f"{run_dir} cannot be written: {error.strerror or error}") from None
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """The tokenizer's files of a folder that may hold more; `tokenizer.json` comes last, its presence means success."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in _TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+class _Streamed(ocp.type_handlers.NumpyHandler):
+    """Writes arrays one after the other, each read when its turn has come. Orbax itself wants all in memory at once."""
+
+    def __init__(self) -> None:
+        super().__init__(deepcopy_host_arrays=False)
+
+    async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Sequence[Any] | None = None):
+        for index, value in enumerate(values):
+            part = slice(index, index + 1)
+            for written in await super().serialize([value.read()], infos[part], args[part] if args else None):
+                written.result()
+        return []
+
+
+def _save_streamed(folder: Path, params: Any, config: Config, source: str) -> None:
+    """Step 0 of a run: `params`, a tree of `LazyArray`, and `meta`, as `checkpoint.Checkpoints` writes them."""
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (LazyArray, _Streamed()),
+        (jax.Array, ocp.type_handlers.ArrayHandler()),  # none is written, but Orbax warns where it is missing
+    )
+    handlers = {
+        "params": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
+        "meta": ocp.JsonCheckpointHandler(),
+    }
+    meta = {"step": 0, "config": to_dict(config), "jax": jax.__version__, "imported_from": source}
+    # Synchronous: a broken tensor would leave the threads of an asynchronous save waiting for each other.
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+    with ocp.CheckpointManager(folder.resolve(), options=options, item_handlers=handlers) as manager:
+        items = {"params": ocp.args.PyTreeSave(nnx.to_pure_dict(params)), "meta": ocp.args.JsonSave(meta)}
+        manager.save(0, args=ocp.args.Composite(**items))
+
+
+# ---- Start: `checkpoint.init_from` ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Start:
+    """Weights that fit a run and may become its first."""
+
+    load: Callable[[Any], Any]
+    """Takes the run's fresh parameters, frees their memory and returns the weights, typed and placed as they were."""
+    tokenizer: Path | None
+
+
+def open_start(config: Config) -> Start | None:
+    """The weights that `checkpoint.init_from` names: a run or step folder, a `.pth` file or a Hugging Face folder.
+
+    None without that option, and where the run goes on from a checkpoint of its own: the source may be gone by then.
+
+    Raises:
+        CheckpointError, WeightsError: nothing there that can be read, or a model of another shape; its first field that
+            differs is named.
+    """
+    resumes = config.checkpoint.resume and any(Path(config.run_dir, CHECKPOINTS).glob("[0-9]*"))
+    if not config.checkpoint.init_from or resumes:
+        return None
+    path = Path(config.checkpoint.init_from)
+    if not path.exists():
+        raise CheckpointError(f"checkpoint.init_from={path}: no such file or folder")
+    if (path / "params").is_dir() or (path / CHECKPOINTS).is_dir() or path.name == CHECKPOINTS:
+        step = find_step(path)
+        if step.parent.resolve() == Path(config.run_dir, CHECKPOINTS).resolve():
+            raise CheckpointError(
+                f"checkpoint.init_from={path} is the run's own folder, whose checkpoints this command deletes: name "
+                "another --run_dir"
+            )
+        _require_fit(config, load_config(step))
+        tokenizer = step.parent.parent / "tokenizer"
+        return Start(
+            lambda fresh: restore_params(step, _freed(fresh)),
+            tokenizer if (tokenizer / "tokenizer.json").is_file() else None,
+        )
+    weights = open_weights(path)
+    _require_fit(config, weights.config)
+    return Start(lambda fresh: jax.tree.map(_placed, _freed(fresh), weights.params()), weights.tokenizer)
+
+
+def adopt_tokenizer(start: Start, config: Config, run_dir: Path) -> str | None:
+    """Give a new run the tokenizer of its weights, unless it names one; a warning where text would get another.
+
+    Tokens mean to the weights what they meant to the tokenizer that they were trained with.
+    """
+    if config.data.tokenizer or (run_dir / "tokenizer/tokenizer.json").exists():
+        return None
+    if start.tokenizer:
+        copy_tokenizer(start.tokenizer, run_dir / "tokenizer")
+        return None
+    if config.data.source == "parquet":
+        return None
+    return (
+        f"warning: {config.checkpoint.init_from} comes without its tokenizer, so a new one is trained, whose tokens "
+        "may mean others to these weights: give theirs by --data.tokenizer"
+    )
+
+
+def _require_fit(config: Config, theirs: Config) -> None:
+    for section, fields in _SHAPING.items():
+        if section == "moe" and config.moe.experts == theirs.moe.experts == 0:
+            continue
+        for field in fields:
+            ours, other = (getattr(getattr(each, section), field) for each in (config, theirs))
+            if ours != other:
+                raise CheckpointError(
+                    f"checkpoint.init_from={config.checkpoint.init_from} has {section}.{field}={other}, this run "
+                    f"{ours}: give --{section}.{field} {other}"
+                )
+
+
+def _freed(fresh: Any) -> Any:
+    """Shapes, types and shardings of arrays whose memory is given back."""
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), fresh)
+    jax.tree.map(lambda x: x.delete(), fresh)
+    return abstract
+
+
+def _placed(target: jax.ShapeDtypeStruct, lazy: LazyArray) -> jax.Array:
+    array = np.asarray(lazy.read(), target.dtype)
+    placed = jax.make_array_from_callback(target.shape, target.sharding, lambda index: array[index])
+    return jax.block_until_ready(placed)  # else every tensor would wait in host memory
