@@ -35,10 +35,10 @@ def get_config() -> Config:
         ),
         moe=MoEConfig(experts=8, active=2, width=256),
         recurrence=RecurrenceConfig(mean=4, backprop_depth=3),
-        train=TrainConfig(steps=600, batch_size=8, sequence_length=256),
+        train=TrainConfig(steps=550, batch_size=8, sequence_length=256),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=40, cooldown_steps=250),
         data=DataConfig(source="stdlib"),
-        validation=ValidationConfig(every=200, batches=16, depths=(1, 2, 4, 8)),
-        checkpoint=CheckpointConfig(every=200),
+        validation=ValidationConfig(every=275, sequences=128, depths=(1, 2, 4, 8)),
+        checkpoint=CheckpointConfig(every=275),
         log=LogConfig(every=20),
     )

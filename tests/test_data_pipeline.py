@@ -29,7 +29,7 @@ def make_config(
         model=ModelConfig(vocab_size=vocab),
         train=TrainConfig(batch_size=B, sequence_length=S, seed=seed),
         data=DataConfig(source=source, path=str(path), **{"validation_fraction": 0.2, "shuffle_window": 8} | data),  # pyright: ignore[reportArgumentType]
-        validation=ValidationConfig(batches=batches),
+        validation=ValidationConfig(sequences=batches * B),
     )
 
 

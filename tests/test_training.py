@@ -34,7 +34,7 @@ def get_config():
         optimizer=OptimizerConfig(warmup_steps=2),  # no cooldown: a longer run is the same run, longer
         train=TrainConfig(steps=8, batch_size=2, sequence_length=32, micro_batches=2),
         data=DataConfig(source="text", path={path!r}, streams=2, shuffle_window=4, validation_fraction=0.3),
-        validation=ValidationConfig(every=4, batches=1, depths=(1, 3)),
+        validation=ValidationConfig(every=4, sequences=2, depths=(1, 3)),
         checkpoint=CheckpointConfig(every=4, keep=2),
         log=LogConfig(every=2),
     )

@@ -66,7 +66,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--checkpoint_name", required=True, metavar="FILE", help="the exported .pth file")
-    parser.add_argument("--tokenizer_path", required=True, metavar="DIR", help="folder that AutoTokenizer loads")
+    parser.add_argument("--tokenizer_path", required=True, metavar="DIR", help="folder or hub name that AutoTokenizer loads")
     parser.add_argument("--tasks", required=True, metavar="NAMES", help="lm-eval tasks, separated by commas")
     parser.add_argument("--recurrence", type=int, default=32, metavar="R", help="recurrences per token (32)")
     parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="sequences at once (16)")
@@ -87,7 +87,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         raise UserError("--tasks names no task")
     if not Path(options.checkpoint_name).is_file():
         raise UserError(f"--checkpoint_name {options.checkpoint_name}: no such file")
-    if not Path(options.tokenizer_path).is_dir():
+    if not Path(options.tokenizer_path).is_dir() and options.tokenizer_path.count("/") > 1:  # no name of the hub
         raise UserError(f"--tokenizer_path {options.tokenizer_path}: no such folder")
     if options.output is not None and options.output.exists():
         raise UserError(f"--output {options.output} exists already, and is not overwritten")
@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
             os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars would fill log files
         # The own tasks are all there is to know when only they are asked for: lm-eval's index of its 14 000 takes 8 s.
         foreign = [name for name in options.tasks if name not in TASKS]
-        if foreign:
+        if foreign or not Path(options.tokenizer_path).is_dir():
             go_offline_without_network()
         manager = load_task_manager(options.tasks, include_defaults=bool(foreign))
         lm = load_lm(options)

@@ -163,7 +163,7 @@ class TrainConfig:
     seed: int = 0
     """Seed of the weights, the depths, the initial states and the order of the data."""
     deterministic: bool = False
-    """Ask XLA for bit-reproducible GPU kernels, at some cost in speed. CPUs are always reproducible."""
+    """Ask XLA for bit-reproducible GPU kernels, at some cost in speed. A CPU's results always are."""
 
     def __post_init__(self) -> None:
         _require_positive("train", self, "steps", "batch_size", "sequence_length", "micro_batches")
@@ -262,14 +262,14 @@ class ValidationConfig:
 
     every: int = 500
     """Steps between validations; 0 validates at the last step only."""
-    batches: int = 8
-    """Held-out batches of train.batch_size sequences."""
+    sequences: int = 128
+    """Held-out sequences, computed a micro-batch at a time; rounded to whole micro-batches, at least one."""
     depths: tuple[int, ...] = (1, 4, 8, 16, 32)
     """Recurrences at which the held-out loss is measured."""
 
     def __post_init__(self) -> None:
         require(self.every >= 0, f"validation.every={self.every} must not be negative")
-        _require_positive("validation", self, "batches")
+        _require_positive("validation", self, "sequences")
         require(
             len(self.depths) > 0 and min(self.depths) > 0,
             f"validation.depths={self.depths} must be one or more positive recurrences",

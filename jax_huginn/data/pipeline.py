@@ -146,8 +146,8 @@ def _validation(
 
     if not files:
         return []
-    size = config.train.batch_size
-    wanted = size * config.validation.batches
+    size = config.train.batch_size // config.train.micro_batches  # what fits into the device's memory at once
+    wanted = max(config.validation.sequences // size, 1) * size
     reader = RowReader(files, pieces, take, stride, VALIDATION_SEED, stream=0)
     pool = [row for _, row in zip(range(VALIDATION_POOL * wanted), reader.epoch_rows(), strict=False)]
     if not pool:

@@ -20,8 +20,12 @@ from jax_huginn.config.schema import DataConfig
 TEXT_SUFFIXES = (".txt", ".py", ".jsonl")
 PIECE_BYTES = 128 * 1024  # text that is tokenized, and after a restore read again, at once
 PIECE_ROWS = 64  # parquet rows that are read at once
-# Absent from some Pythons' packages, or not of the standard library: without them machines agree on the corpus.
-STDLIB_EXCLUDED = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
+STDLIB_EXCLUDED = frozenset(
+    # Absent from some Pythons' packages, or not of the standard library: without them machines agree on the corpus.
+    {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    # Generated: tables of characters and the help texts, a sixth of the bytes and nothing like code.
+    | {"encodings", "pydoc_data"}
+)
 
 
 class DataError(ValueError):
@@ -42,7 +46,7 @@ class TextFile:
 
 
 def stdlib_files() -> list[TextFile]:
-    """The Python sources of the running interpreter's standard library, sorted; its tests are left out (12 MB)."""
+    """The Python sources of the running interpreter's standard library, sorted; tests and generated tables are left out (10 MB)."""
     return _files_under(Path(sysconfig.get_path("stdlib")), (".py",), STDLIB_EXCLUDED)
 
 

@@ -20,7 +20,7 @@ EPS = 1e-6  # floor of sqrt(v), the public run's
 
 
 class AdamAtan2State(NamedTuple):
-    count: jax.Array
+    step: jax.Array
     """Steps done, int32."""
     mu: Any
     """First moment (m)."""
@@ -29,7 +29,7 @@ class AdamAtan2State(NamedTuple):
 
 
 def scale_by_adam_atan2(b1: float, b2: float, is_stack: Callable[[Any, Any], bool]) -> optax.GradientTransformation:
-    """u of the module's docstring, of the order of the identity's sign; the caller scales it by the learning rate.
+    """u of the module's docstring, to be scaled by the learning rate.
 
     Args:
         is_stack: (path, leaf) -> whether a leaf holds one tensor per index of its first axis, as stacked experts do;
@@ -40,16 +40,16 @@ def scale_by_adam_atan2(b1: float, b2: float, is_stack: Callable[[Any, Any], boo
         mu, nu = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
         return AdamAtan2State(jnp.zeros((), jnp.int32), mu, nu)
 
-    def update(gradients: Any, state: AdamAtan2State, params: Any = None) -> tuple[Any, AdamAtan2State]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, AdamAtan2State]:
         del params
-        first, count = state.count == 0, optax.safe_increment(state.count)
+        gradients, first, step = updates, state.step == 0, state.step + 1
 
         def moment(g: jax.Array, m: jax.Array, decay: float) -> jax.Array:
             return jnp.where(first, g, decay * m + (1 - decay) * g)
 
         mu = jax.tree.map(lambda g, m: moment(g, m, b1), gradients, state.mu)
         nu = jax.tree.map(lambda g, v: jnp.maximum(moment(g**2, v, b2), EPS**2), gradients, state.nu)
-        t = count.astype(float)  # float64 where x64 is enabled, for parity
+        t = step.astype(float)  # float64 where x64 is enabled, for parity
         m_correction, v_correction = 1 - b1**t, jnp.sqrt(1 - b2**t)
 
         def direction(path: Any, g: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
@@ -58,6 +58,6 @@ def scale_by_adam_atan2(b1: float, b2: float, is_stack: Callable[[Any, Any], boo
             angle = jnp.arctan2(m, jnp.sqrt(v) / v_correction.astype(v.dtype))
             return angle / (jnp.maximum(1, rms) * m_correction.astype(rms.dtype))
 
-        return jax.tree_util.tree_map_with_path(direction, gradients, mu, nu), AdamAtan2State(count, mu, nu)
+        return jax.tree_util.tree_map_with_path(direction, gradients, mu, nu), AdamAtan2State(step, mu, nu)
 
     return optax.GradientTransformation(init, update)

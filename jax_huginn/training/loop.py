@@ -1,6 +1,7 @@
 """The training loop: restore, step, log, validate, save."""
 
 import dataclasses
+import os
 from contextlib import closing
 from typing import Any
 
@@ -29,6 +30,8 @@ def train(config: Config) -> None:
         ConfigError, DataError, CheckpointError: a user's mistake, in one line.
     """
     console = Console(config.train.steps)
+    if config.train.deterministic:  # read when XLA's backend starts, which is later
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
 
     # ---------------------------------------------------------------- run folder, data, checkpoints
     initial = open_start(config)  # before the folder is made: a start that cannot be leaves none behind

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from jax_huginn.config.schema import Config, ConfigError, to_dict
+from jax_huginn.config.schema import Config, ConfigError, from_dict, to_dict
 
 # Fields that may differ between the sessions of one run: they change how long it is, what is logged and how it is
 # executed, but not what is computed from which data.
@@ -45,7 +45,7 @@ def open_run_folder(config: Config) -> Path:
             f"from them with --checkpoint.init_from {folder}"
         )
     elif file.exists():
-        _require_same_run(folder, _read(file), to_dict(config))
+        _require_same_run(folder, _read(file), config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         replacement = file.with_suffix(".tmp")
@@ -56,19 +56,22 @@ def open_run_folder(config: Config) -> Path:
     return folder
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Path) -> Config:
+    """The config of the folder's run; a field that is younger than the run has its default."""
     try:
-        return json.loads(file.read_text())
+        return from_dict(json.loads(file.read_text()))
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}: name another --run_dir") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} cannot be read as JSON ({error}): restore it, or name another --run_dir") from None
 
 
-def _require_same_run(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    old_fields, new_fields = flatten(old), flatten(json.loads(json.dumps(new)))
+def _require_same_run(folder: Path, old: Config, new: Config) -> None:
+    old_fields, new_fields = flatten(to_dict(old)), flatten(to_dict(new))
     changed = [
-        f"{name} was {old_fields.get(name)!r}, now {new_fields.get(name)!r}"
-        for name in sorted(old_fields.keys() | new_fields.keys())
-        if old_fields.get(name) != new_fields.get(name)
+        f"{name} was {old_fields[name]!r}, now {new_fields[name]!r}"
+        for name in old_fields
+        if old_fields[name] != new_fields[name]
         and name not in MAY_DIFFER
         and name.split(".")[0] + "." not in MAY_DIFFER
     ]

@@ -5,6 +5,7 @@
 
 import json
 import math
+import secrets
 import time
 from pathlib import Path
 from typing import Any, Protocol
@@ -85,7 +86,7 @@ class WandB:
         except ImportError:
             raise ConfigError("log.wandb=true needs wandb: pip install 'jax-huginn[wandb]'") from None
         id_file = run_dir / "wandb_id"
-        run_id = id_file.read_text().strip() if id_file.exists() else wandb.util.generate_id()
+        run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
         id_file.write_text(run_id)
         self.run = wandb.init(
             project=config.log.wandb_project,
