@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import statistics
 import subprocess
 import time
@@ -48,7 +49,9 @@ def report(**case: Any) -> None:
 
 
 def commit() -> str:
-    """Short hash of the checkout, `unknown` outside one."""
+    """Short hash of the checkout, or $COMMIT where the files came without their history; else `unknown`."""
+    if "COMMIT" in os.environ:
+        return os.environ["COMMIT"]
     command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     return found.stdout.strip() or "unknown"
