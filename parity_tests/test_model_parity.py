@@ -1,5 +1,6 @@
 """The JAX model and the Torch model are one function: values, statistics and every gradient, in both precisions."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -68,6 +69,20 @@ def test_values_and_gradients_through_the_explicit_depth_agree(kind):
     output, gradients = jit(with_gradients(run))(pair.params, np.int32(3))
     twin_output, twin_gradients = torch_step(pair.twin, batch, 3, 2)
     check(values_of(output), values_of(twin_output), VALUES["float64"], "values, float64")
+    check(jax_gradients(gradients), twin_gradients, GRADIENTS["float64"], "gradients, float64")
+
+
+def test_values_and_gradients_agree_under_the_compilers_own_options():
+    """Everywhere else compilation is cut short, see `support.COMPILER_OPTIONS`."""
+    pair = make_pair("core")
+    batch = make_batch(pair.config)
+    state = jnp.asarray(batch.state, pair.dtype)
+    run = jax.jit(with_gradients(lambda params, *inputs: pair.model(params).training_loss(*inputs)))
+    output, gradients = run(pair.params, batch.tokens, batch.labels, np.int32(3), np.int32(2), state)
+    twin_output, twin_gradients = torch_step(pair.twin, batch, 3, 2)
+    twin_values = values_of(twin_output)
+    del twin_values["logits"]  # training has none
+    check(values_of(output), twin_values, VALUES["float64"], "values, float64")
     check(jax_gradients(gradients), twin_gradients, GRADIENTS["float64"], "gradients, float64")
 
 

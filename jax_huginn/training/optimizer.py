@@ -18,7 +18,7 @@ MUON_RMS = 0.2  # of a Muon update, about that of an AdamW update, so that both 
 # ---- Schedule -----------------------------------------------------------------------------------------------------
 
 
-def make_schedule(config: Config) -> optax.Schedule:
+def make_schedule(config: Config) -> Callable[[jax.typing.ArrayLike], jax.Array]:
     """Learning rate of optimiser step t, counted from 0; the first step already moves."""
     optimizer, steps = config.optimizer, config.train.steps
     peak, floor = optimizer.learning_rate, optimizer.final_fraction
