@@ -24,7 +24,9 @@ def override(config: Config, settings: Iterable[str]) -> Config:
         section_name, field = name.split(".")
         section = getattr(config, section_name)
         kind = get_type_hints(type(section))[field]
-        parsed = {"true": True, "false": False}[value] if kind is bool else kind(value) if kind in (int, float) else value
+        parsed = (
+            {"true": True, "false": False}[value] if kind is bool else kind(value) if kind in (int, float) else value
+        )
         config = dataclasses.replace(config, **{section_name: dataclasses.replace(section, **{field: parsed})})
     return config
 

@@ -8,6 +8,7 @@ Groups are even, typical (the largest 1.12 x the mean) and skewed (2 x). Each ca
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -76,7 +77,7 @@ def main() -> None:
         return y, vjp(y)
 
     seconds = median_seconds(lambda: bound(grid_ECD, *matrices), options.repeats)
-    shapes = dict(rows=tokens * active, experts=experts, width=width, hidden=hidden, dtype=options.dtype)
+    shapes = {"rows": tokens * active, "experts": experts, "width": width, "hidden": hidden, "dtype": options.dtype}
     report(benchmark="grouped_mlp", case="bound", **shapes, tflops_forward_backward=3 * useful / seconds / 1e12)
 
     for case, largest in LARGEST.items():
@@ -88,8 +89,9 @@ def main() -> None:
             gradients(grouped_mlp_oracle)(x_TD, weights_TA, experts_TA, *matrices),
         )
         assert error < (3e-2 if dtype == jnp.bfloat16 else 1e-4), f"{case}: off the oracle by {error}"
-        forward_seconds = median_seconds(lambda: forward(x_TD, experts_TA, weights_TA, *matrices), options.repeats)
-        seconds = median_seconds(lambda: both(x_TD, weights_TA, experts_TA, *matrices), options.repeats)
+        run_forward = partial(forward, x_TD, experts_TA, weights_TA, *matrices)
+        forward_seconds = median_seconds(run_forward, options.repeats)
+        seconds = median_seconds(partial(both, x_TD, weights_TA, experts_TA, *matrices), options.repeats)
         report(
             benchmark="grouped_mlp",
             case=case,

@@ -15,7 +15,7 @@ from jax_huginn.config.schema import Config, ModelConfig, MoEConfig, OptimizerCo
 def get_config() -> Config:
     return Config(
         run_dir="runs/moe_3_8b",
-        model=ModelConfig(width=5280, heads=55, kv_heads=55, mlp_width=17920),
+        model=ModelConfig(width=5280, heads=55, kv_heads=55, mlp_width=17920, unroll=True),
         moe=MoEConfig(experts=8, active=2, width=1792),
         recurrence=RecurrenceConfig(mean=32, backprop_depth=8),
         train=TrainConfig(steps=47_684, batch_size=4096, sequence_length=4096, micro_batches=4096),

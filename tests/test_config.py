@@ -113,7 +113,7 @@ def test_a_config_file_that_is_none_gets_one_line(tmp_path, content, words):
 
 
 def test_a_missing_config_option_is_said():
-    with pytest.raises(ConfigError, match="--config configs/moe.py"):
+    with pytest.raises(ConfigError, match=r"--config configs/moe\.py"):
         parse_config(["--train.steps", "3"])
 
 

@@ -24,7 +24,12 @@ def distance(a, b):
     return max(float(jnp.linalg.norm(x - y) / (jnp.linalg.norm(y) + 1e-30)) for x, y in leaves)
 
 
-PLACEMENTS = [{"experts": 0}, {"placement": "injection"}, {"placement": "injection", "residual": True}, {"placement": "core"}]
+PLACEMENTS = [
+    {"experts": 0},
+    {"placement": "injection"},
+    {"placement": "injection", "residual": True},
+    {"placement": "core"},
+]
 
 
 @pytest.mark.parametrize("moe", PLACEMENTS[1::2], ids=["injection", "core"])
@@ -45,8 +50,9 @@ def test_one_compilation_serves_every_sampled_depth(make_config, moe):
         )(params)
 
     for n, k in [(3, 2), (1, 4)]:
-        static = jax.value_and_grad(lambda params: nnx.merge(graphdef, params)(tokens, (n, k), state, tokens).loss)
-        assert distance(traced(params, np.int32(n), np.int32(k)), jax.jit(static)(params)) < 1e-11
+        loss = lambda params, n=n, k=k: nnx.merge(graphdef, params)(tokens, (n, k), state, tokens).loss  # noqa: E731
+        static = jax.jit(jax.value_and_grad(loss))(params)
+        assert distance(traced(params, np.int32(n), np.int32(k)), static) < 1e-11
     assert len(traces) == 1
 
 
@@ -163,7 +169,7 @@ def test_balance_loss_is_one_when_balanced_and_e_when_collapsed():
 
 def test_a_sequence_longer_than_the_model_is_refused(make_config):
     config = make_config()
-    with pytest.raises(ValueError, match="129 tokens.*max_length=128"):
+    with pytest.raises(ValueError, match=r"129 tokens.*max_length=128"):
         MoEHuginnModel(config)(jnp.zeros((1, 129), jnp.int32), (0, 1))
 
 

@@ -39,7 +39,7 @@ def test_checkpoints_are_deleted_only_on_demand(make_config, tmp_path):
     config = dataclasses.replace(make_config(checkpoint={"resume": False}), run_dir=str(tmp_path / "run"))
     open_run_folder(config)
     (tmp_path / "run/checkpoints/5").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="--checkpoint.overwrite true"):
+    with pytest.raises(ConfigError, match=r"--checkpoint\.overwrite true"):
         open_run_folder(config)
     assert (tmp_path / "run/checkpoints/5").exists()
     open_run_folder(dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, overwrite=True)))

@@ -28,7 +28,9 @@ def get_config():
     return dataclasses.replace(
         config,
         run_dir={run_dir!r},
-        model=dataclasses.replace(config.model, vocab_size=320, width=32, heads=2, kv_heads=2, mlp_width=48, max_length=32),
+        model=dataclasses.replace(
+            config.model, vocab_size=320, width=32, heads=2, kv_heads=2, mlp_width=48, max_length=32
+        ),
         moe=dataclasses.replace(config.moe, experts=4, width=16),
         recurrence=RecurrenceConfig(mean=3, backprop_depth=2),
         optimizer=OptimizerConfig(warmup_steps=2),  # no cooldown: a longer run is the same run, longer
@@ -39,7 +41,7 @@ def get_config():
         log=LogConfig(every=2),
     )
 """
-# Run by every Python at its start, from PYTHONPATH: `import torch` fails and looks uninstalled; training must not need it.
+# Run by every Python at its start, from PYTHONPATH: torch looks uninstalled, and training must not need it.
 NO_TORCH = """
 from importlib.machinery import PathFinder
 
@@ -53,7 +55,7 @@ def corpus(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
     random = np.random.default_rng(0)
     for index in range(8):
-        words = random.choice("the quick brown fox jumps over a lazy dog and runs".split(), 600)
+        words = random.choice(["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "runs"], 600)
         (folder / f"{index}.txt").write_text(" ".join(words))
     return folder
 

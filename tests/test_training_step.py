@@ -45,9 +45,9 @@ def test_a_step_is_the_mean_gradient_of_its_micro_batches_clipped_and_decayed(ma
         s_0 = initializers.random_state(key, (2, 64, 32), jnp.dtype("float64"))
         part = slice(2 * index, 2 * index + 2)
         loss, gradient = jax.value_and_grad(
-            lambda params, part=part, s_0=s_0, index=index: nnx.merge(graphdef, params)
-            .training_loss(tokens[part], labels[part], n_N[index], k_N[index], s_0)
-            .loss
+            lambda params, part=part, s_0=s_0, index=index: (
+                nnx.merge(graphdef, params).training_loss(tokens[part], labels[part], n_N[index], k_N[index], s_0).loss
+            )
         )(state.params)
         gradients.append(gradient)
         losses.append(loss)

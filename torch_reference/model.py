@@ -280,7 +280,9 @@ class MoEHuginnModel(nn.Module):
             out.log_ppl = F.cross_entropy(out.logits.flatten(0, 1), labels_T, ignore_index=IGNORED_LABEL)
             out.loss = out.log_ppl
             if out.moe is not None:
-                out.loss = out.loss + self.config.balance_weight * out.moe.balance_loss + self.config.z_weight * out.moe.z_loss
+                out.loss = (
+                    out.loss + self.config.balance_weight * out.moe.balance_loss + self.config.z_weight * out.moe.z_loss
+                )
         return out
 
     def unembed(self, output_BSD: Tensor) -> Tensor:

@@ -66,7 +66,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--checkpoint_name", required=True, metavar="FILE", help="the exported .pth file")
-    parser.add_argument("--tokenizer_path", required=True, metavar="DIR", help="folder or hub name that AutoTokenizer loads")
+    parser.add_argument(
+        "--tokenizer_path", required=True, metavar="DIR", help="folder or hub name that AutoTokenizer loads"
+    )
     parser.add_argument("--tasks", required=True, metavar="NAMES", help="lm-eval tasks, separated by commas")
     parser.add_argument("--recurrence", type=int, default=32, metavar="R", help="recurrences per token (32)")
     parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="sequences at once (16)")

@@ -46,7 +46,7 @@ class TextFile:
 
 
 def stdlib_files() -> list[TextFile]:
-    """The Python sources of the running interpreter's standard library, sorted; tests and generated tables are left out (10 MB)."""
+    """The Python sources of the running interpreter's standard library, sorted; without tests and tables: 10 MB."""
     return _files_under(Path(sysconfig.get_path("stdlib")), (".py",), STDLIB_EXCLUDED)
 
 

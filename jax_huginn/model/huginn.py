@@ -169,7 +169,9 @@ class MoEHuginnModel(nnx.Module):
             return x_BSD, None if routings[0] is None else Routing.combine(routings)
 
         params = (state_half_DD, nnx.as_pure(core_params))
-        recurrence = iterate(core, params, injected_BSD, state_BSD, n, k, scan_length, checkpoint=self._checkpoint)
+        recurrence = iterate(
+            core, params, injected_BSD, state_BSD, n, k, scan_length, self._checkpoint, self.config.model.unroll
+        )
         with jax.named_scope("coda"):
             latents_BSD = y_BSD = self.norm_f(recurrence.state_BSD)
             for block in self.coda:
@@ -188,7 +190,7 @@ class MoEHuginnModel(nnx.Module):
     def with_loss(self, output: HuginnOutput, y_BSD: jax.Array, labels_BS: jax.Array) -> HuginnOutput:
         """The output with `log_ppl` and `loss` filled in."""
         with jax.named_scope("head"):
-            log_ppl = cross_entropy(y_BSD, self.wte[...], labels_BS, self.config.model.loss_chunk)
+            log_ppl = jnp.asarray(cross_entropy(y_BSD, self.wte[...], labels_BS, self.config.model.loss_chunk))
         loss = log_ppl
         if output.moe is not None:
             moe = self.config.moe

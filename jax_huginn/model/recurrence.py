@@ -37,6 +37,7 @@ def iterate(
     k: Depth,
     scan_length: int,
     checkpoint: Callable[[Callable], Callable],
+    unroll: bool,
 ) -> Recurrence:
     """Run `core` n + k times; gradients flow through the last k.
 
@@ -79,9 +80,9 @@ def iterate(
         new_state, *seen = step(params, injected_BSD, state, index)
         return new_state, tuple(seen)
 
-    state_BSD, (routings, residuals) = lax.scan(scan_step, state_BSD, jnp.arange(scan_length))
-    routing = None if routings is None else Routing.total(routings, k)
-    return Recurrence(state_BSD, routing, residuals[k - 1])
+    state_BSD, (routings, residuals) = lax.scan(scan_step, state_BSD, jnp.arange(scan_length), unroll=unroll)
+    routing = Routing.total(routings, k) if isinstance(routings, Routing) else None
+    return Recurrence(state_BSD, routing, jnp.asarray(residuals)[k - 1])
 
 
 def _zeros_like(shapes: Any) -> Any:

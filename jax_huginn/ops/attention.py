@@ -4,6 +4,8 @@ Shapes: B batch, S sequence, H heads, K head width. Keys and values come already
 Huginn's qk_bias is added after the repeat.
 """
 
+from typing import Literal, cast
+
 import jax
 import jax.numpy as jnp
 
@@ -35,7 +37,8 @@ def causal_attention(
     implementation = resolve(implementation, q_BSHK.dtype)
     if implementation == "einsum":
         return causal_attention_oracle(q_BSHK, k_BSHK, v_BSHK)
-    return jax.nn.dot_product_attention(q_BSHK, k_BSHK, v_BSHK, is_causal=True, implementation=implementation)  # pyright: ignore[reportArgumentType]
+    kernel = cast(Literal["xla", "cudnn"], implementation)
+    return jax.nn.dot_product_attention(q_BSHK, k_BSHK, v_BSHK, is_causal=True, implementation=kernel)
 
 
 def resolve(implementation: str, dtype: jax.typing.DTypeLike) -> str:

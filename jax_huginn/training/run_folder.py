@@ -15,6 +15,7 @@ MAY_DIFFER = {
     "train.deterministic",
     "model.attention",
     "model.remat",
+    "model.unroll",
     "model.loss_chunk",
     "data.prefetch",
     *(f"{section}." for section in ("validation", "checkpoint", "log")),
