@@ -19,7 +19,7 @@ from functools import lru_cache
 from typing import cast
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_reference.config import MoEHuginnConfig
@@ -32,9 +32,9 @@ IGNORED_LABEL = -100
 class RoutingStatistics:
     """What the router did. Over several calls (placement "core") counts are summed and the rest is averaged."""
 
-    counts_E: Tensor  # noqa: N815  assignments that each expert received
-    first_choice_E: Tensor  # noqa: N815  tokens that each expert was the first choice of
-    probability_E: Tensor  # noqa: N815  mean over tokens of the softmax over all experts
+    counts_E: Tensor  # assignments that each expert received
+    first_choice_E: Tensor  # tokens that each expert was the first choice of
+    probability_E: Tensor  # mean over tokens of the softmax over all experts
     entropy: Tensor  # mean over tokens of that softmax's entropy, in nats
     z_loss: Tensor  # mean squared logsumexp of the logits: the z-loss before its weight
     balance_loss: Tensor  # E * sum_i f_i P_i, 1 when balanced: the balance loss before its weight
