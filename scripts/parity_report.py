@@ -135,7 +135,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto")
     options, rest = parser.parse_known_args()
     found: Any = jax.devices()[0]
-    device = options.device if options.device != "auto" else found.platform
+    device = options.device if options.device != "auto" else jax.default_backend()
     start = time.perf_counter()
     if device == "gpu":
         import parity_gpu  # beside this script
