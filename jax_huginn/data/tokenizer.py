@@ -13,6 +13,9 @@ import numpy as np
 
 from jax_huginn.data.sources import DataError, Document
 
+# transformers says at every start that PyTorch is missing, which is no fault here.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
