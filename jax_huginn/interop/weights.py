@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,18 +140,3 @@ def _require_our_angles(path: Path, config: Config, tensors: Mapping[str, LazyAr
     tolerance = 1e-3 if ml_dtypes.finfo(tensors[FREQUENCIES].dtype).eps < 1e-3 else 1e-2
     if not error <= tolerance:  # nan is refused too
         raise WeightsError(f"{path}: {FREQUENCIES} is off by {error:.1g} from rope_base={model.rope_base:g}")
-
-
-def open_weights(path: str | os.PathLike) -> Weights:
-    """The weights in a `.pth` file or a Hugging Face folder; neither is trusted, and nothing in them runs.
-
-    Raises:
-        WeightsError: there is nothing to read, it is broken, or it is of a model that this one cannot be.
-    """
-    from jax_huginn.interop.huggingface import read_huggingface
-    from jax_huginn.interop.pth import read_pth
-
-    path = Path(path)
-    if path.is_dir():
-        return read_huggingface(path)
-    return read_pth(path)

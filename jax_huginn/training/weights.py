@@ -17,7 +17,8 @@ from flax import nnx
 
 from jax_huginn.config.schema import Config, to_dict
 from jax_huginn.interop.errors import WeightsError
-from jax_huginn.interop.weights import LazyArray, Weights, open_weights
+from jax_huginn.interop.files import open_weights
+from jax_huginn.interop.weights import LazyArray, Weights
 from jax_huginn.training.checkpoint import CHECKPOINTS, CheckpointError, find_step, load_config, restore_params
 
 # What must be equal for weights to mean the same model; the rest only trains or executes it.
