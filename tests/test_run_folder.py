@@ -28,11 +28,24 @@ def test_a_run_may_be_extended_and_logged_otherwise(make_config, tmp_path):
 def test_another_config_is_refused_and_named(make_config, tmp_path):
     config = dataclasses.replace(make_config(), run_dir=str(tmp_path / "run"))
     open_run_folder(config)
+    (tmp_path / "run/checkpoints/5").mkdir(parents=True)
     before = (tmp_path / "run/config.json").read_text()
     other = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=0.5))
     with pytest.raises(ConfigError, match=r"optimizer.learning_rate was 0.0005, now 0.5"):
         open_run_folder(other)
     assert (tmp_path / "run/config.json").read_text() == before
+
+
+def test_a_start_that_failed_does_not_bind_the_folder(make_config, tmp_path):
+    """A mistyped path, say, is mended by the same command with the right one; what is not the run's own stays."""
+    config = dataclasses.replace(make_config(data={"path": "wrong"}), run_dir=str(tmp_path / "run"))
+    open_run_folder(config)
+    (tmp_path / "run/tokenizer").mkdir()
+    (tmp_path / "run/notes.txt").write_text("mine")
+    open_run_folder(dataclasses.replace(config, data=dataclasses.replace(config.data, path="right")))
+    assert json.loads((tmp_path / "run/config.json").read_text())["data"]["path"] == "right"
+    assert not (tmp_path / "run/tokenizer").exists()
+    assert (tmp_path / "run/notes.txt").exists()
 
 
 def test_checkpoints_are_deleted_only_on_demand(make_config, tmp_path):

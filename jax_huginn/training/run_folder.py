@@ -30,23 +30,25 @@ def open_run_folder(config: Config) -> Path:
     """
     folder = Path(config.run_dir)
     file = folder / "config.json"
-    if not config.checkpoint.resume and folder.exists() and any(folder.glob("checkpoints/[0-9]*")):
+    begun = any(folder.glob("checkpoints/[0-9]*"))
+    if begun and not config.checkpoint.resume:
         if not config.checkpoint.overwrite:
             raise ConfigError(
                 f"run_dir={folder} holds checkpoints and checkpoint.resume is false: name another --run_dir, or "
                 "--checkpoint.overwrite true to delete them"
             )
-        for name in ("checkpoints", "tensorboard", "tokenizer"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        for name in ("metrics.jsonl", "config.json", "wandb_id"):
-            (folder / name).unlink(missing_ok=True)
+        _clear(folder)
     elif (folder / "checkpoints/0").is_dir():
         raise ConfigError(
             f"run_dir={folder} holds imported weights and no optimiser state to go on from: start another --run_dir "
             f"from them with --checkpoint.init_from {folder}"
         )
-    elif file.exists():
-        _require_same_run(folder, _read(file), config)
+    elif file.exists() and (changed := _changes(_read(file), config)):
+        if begun:
+            raise ConfigError(
+                f"run_dir={folder} belongs to another config ({'; '.join(changed)}): name another --run_dir"
+            )
+        _clear(folder)  # nothing was trained under the old config: its start failed, or it was stopped at once
     try:
         folder.mkdir(parents=True, exist_ok=True)
         replacement = file.with_suffix(".tmp")
@@ -67,17 +69,24 @@ def _read(file: Path) -> Config:
         raise ConfigError(f"{file} cannot be read as JSON ({error}): restore it, or name another --run_dir") from None
 
 
-def _require_same_run(folder: Path, old: Config, new: Config) -> None:
+def _clear(folder: Path) -> None:
+    """Delete what a run writes, and nothing else that may be there."""
+    for name in ("checkpoints", "tensorboard", "tokenizer"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("metrics.jsonl", "config.json", "wandb_id"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _changes(old: Config, new: Config) -> list[str]:
+    """The fields that one run may not change, each with both values."""
     old_fields, new_fields = flatten(to_dict(old)), flatten(to_dict(new))
-    changed = [
+    return [
         f"{name} was {old_fields[name]!r}, now {new_fields[name]!r}"
         for name in old_fields
         if old_fields[name] != new_fields[name]
         and name not in MAY_DIFFER
         and name.split(".")[0] + "." not in MAY_DIFFER
     ]
-    if changed:
-        raise ConfigError(f"run_dir={folder} belongs to another config ({'; '.join(changed)}): name another --run_dir")
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
