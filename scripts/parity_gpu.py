@@ -8,6 +8,8 @@ Shapes: T tokens, A experts a token.
 
 import contextlib
 import dataclasses
+import sys
+import time
 from collections.abc import Iterator
 
 import jax
@@ -36,15 +38,22 @@ def measure() -> tuple[list[Claim], str]:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     attention = resolve("auto", "bfloat16") if jax.default_backend() == "gpu" else "xla"  # a dry run on the CPU
-    claims = []
+    claims: list[Claim] = []
+    start = time.perf_counter()
+
+    def say() -> None:  # a run that is stopped should not have been in vain
+        print(f"{time.perf_counter() - start:.0f} s  {claims[-1]}", file=sys.stderr, flush=True)
+
     for kind in ("dense", "injection", "core"):
         claims.append(Claim(f"{kind}: values and every gradient agree, n+k={N + K}", FLOAT32))
         float32_agrees(claims[-1], kind, device)
+        say()
     for kind in ("dense", "injection", "core"):
         text = f"{kind}: JAX and Torch are as near to float64, n+k={N + K}"
         text += "" if kind == "dense" else ", expert choice fixed"
         claims.append(Claim(text, BFLOAT16.format(attention=attention)))
         bfloat16_is_as_near_as_torch(claims[-1], kind, device, attention)
+        say()
     return claims, torch.cuda.get_device_name() if device.type == "cuda" else "the CPU"
 
 

@@ -9,6 +9,7 @@ arguments go to pytest (CPU only). Exits with 1 if a claim fails.
 
 import argparse
 import inspect
+import os
 import platform
 import subprocess
 import sys
@@ -17,6 +18,9 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+# A GPU's kernels are timed against each other while XLA compiles; results, not speed, are wanted here.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
 
 import jax
 import pytest

@@ -1,4 +1,4 @@
-"""MoE-Huginn: prelude, Mixture of Experts at the injection, recurrent core, coda, tied head (docs: design in README).
+"""MoE-Huginn: prelude, Mixture of Experts at the injection, recurrent core, coda, tied head (arXiv 2502.05171).
 
 Shapes: B batch, S sequence, D width, V vocabulary.
 
