@@ -26,17 +26,17 @@ from jax_huginn.interop.weights import (
     FLOATS,
     FREQUENCIES,
     LM_HEAD,
-    abstract_params,
     frequencies,
     tensor_shapes,
 )
+from jax_huginn.model.huginn import abstract_model
 
 
 def make_folder(folder: Path, settings: list[str], dtype: str) -> int:
     """Write the made-up checkpoint; returns its number of parameters."""
     config = override(get_config(), settings)
     number = next(number for number, name in FLOATS.items() if name == dtype)
-    shapes = tensor_shapes(config, abstract_params(config))
+    shapes = tensor_shapes(config, abstract_model(config)[1])
     declared = {name: (shape, number if name != FREQUENCIES else np.dtype("f4")) for name, shape in shapes.items()}
     block = np.random.default_rng(0).standard_normal(2**20, np.float32).astype(number)
 

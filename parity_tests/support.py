@@ -24,8 +24,7 @@ from jax_huginn.config.schema import Config
 from jax_huginn.interop.description import model_config
 from jax_huginn.interop.names import to_torch
 from jax_huginn.model import moe
-from jax_huginn.model.huginn import HuginnOutput, MoEHuginnModel
-from jax_huginn.training.step import abstract_model
+from jax_huginn.model.huginn import HuginnOutput, MoEHuginnModel, abstract_model
 from torch_reference.model import MoEHuginnOutput, RoutingStatistics
 
 torch.set_num_threads(1)  # tensors this small lose tenfold to threads that wait for each other on a busy machine

@@ -16,8 +16,7 @@ from jax_huginn.config.presets import MoEHuginnConfig700M
 from jax_huginn.interop.description import model_config
 from jax_huginn.interop.names import from_torch, mappings, params_of, to_torch
 from jax_huginn.interop.pth import write_pth
-from jax_huginn.model.huginn import MoEHuginnModel
-from jax_huginn.training.step import abstract_model
+from jax_huginn.model.huginn import MoEHuginnModel, abstract_model
 from parity_tests.support import (
     KINDS,
     VALUES,

@@ -6,8 +6,7 @@ import numpy as np
 from flax import nnx
 
 from jax_huginn.config.schema import Config
-from jax_huginn.model.huginn import MoEHuginnModel
-from jax_huginn.training.step import abstract_model
+from jax_huginn.model.huginn import MoEHuginnModel, abstract_model
 
 
 def random_model(config: Config) -> MoEHuginnModel:

@@ -11,7 +11,8 @@ import pytest
 from jax_huginn import MoEHuginnConfig700M, MoEHuginnModel
 from jax_huginn.config.cli import load_preset, parse_config
 from jax_huginn.config.schema import Config, ConfigError, MoEConfig, from_dict, to_dict
-from jax_huginn.training.step import abstract_model, init_state
+from jax_huginn.model.huginn import abstract_model
+from jax_huginn.training.step import init_state
 
 ROOT = Path(__file__).parent.parent
 MOE = str(ROOT / "configs/moe.py")

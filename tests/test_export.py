@@ -22,9 +22,8 @@ from jax_huginn.interop.errors import ExportError, WeightsError
 from jax_huginn.interop.huggingface import read_huggingface, write_huggingface
 from jax_huginn.interop.names import params_of, to_torch
 from jax_huginn.interop.pth import PREFIX, read_pth, write_pth
-from jax_huginn.model.huginn import MoEHuginnModel
+from jax_huginn.model.huginn import MoEHuginnModel, abstract_model
 from jax_huginn.training.checkpoint import CheckpointError, find_step, load_checkpoint, load_config
-from jax_huginn.training.step import abstract_model
 from jax_huginn.training.weights import write_run
 
 torch.set_num_threads(1)

@@ -14,9 +14,9 @@ from jax_huginn.interop.errors import WeightsError
 from jax_huginn.interop.huggingface import read_huggingface, write_huggingface
 from jax_huginn.interop.names import params_of
 from jax_huginn.interop.pth import write_pth
+from jax_huginn.model.huginn import abstract_model
 from jax_huginn.training.checkpoint import CheckpointError, load_checkpoint
 from jax_huginn.training.loop import train
-from jax_huginn.training.step import abstract_model
 from jax_huginn.training.weights import adopt_tokenizer, open_start, write_run
 
 SOURCES = ("run", "run/checkpoints", "run/checkpoints/0", "folder", "model.pth")

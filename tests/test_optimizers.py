@@ -7,8 +7,8 @@ import pytest
 
 from jax_huginn.config.cli import parse_config
 from jax_huginn.config.schema import ConfigError, OptimizerConfig, from_dict, to_dict
+from jax_huginn.model.huginn import abstract_model
 from jax_huginn.training.optimizer import group_of, make_optimizer
-from jax_huginn.training.step import abstract_model
 
 OPTIMIZERS = ("adamw", "adam_atan2", "muon")
 each_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)

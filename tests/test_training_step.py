@@ -10,12 +10,13 @@ import pytest
 from flax import nnx
 
 from jax_huginn.model import initializers
+from jax_huginn.model.huginn import abstract_model
 from jax_huginn.model.moe import Routing
 from jax_huginn.training.depth import sample_depths
 from jax_huginn.training.flops import forward_flops, peak_flops, training_flops
 from jax_huginn.training.metrics import gini, routing_metrics
 from jax_huginn.training.optimizer import decayed, make_optimizer, make_schedule
-from jax_huginn.training.step import abstract_model, init_state, make_train_step
+from jax_huginn.training.step import init_state, make_train_step
 
 FLOAT64 = {"dtype": "float64", "param_dtype": "float64", "core_layers": 1, "prelude_layers": 0, "coda_layers": 0}
 

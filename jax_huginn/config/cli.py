@@ -78,8 +78,7 @@ def _one_line(box: str, overrides: list[str], default: Config) -> str:
     for word in overrides:
         name = word.split("=")[0].replace("-", "_").replace("__", "--", 1) if word.startswith("--") else ""
         if name and name not in known:
-            close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            return f"unknown option {word.split('=')[0]}" + (f"; did you mean {close[0]}?" if close else "")
+            return _unknown_option(word.split("=")[0], name, known)
     text = re.sub(r"[╭╮╰╯│─\s]+", " ", box).strip()
     text = re.split(r" Argument helptext: | For full helptext", text)[0]
     return re.sub(
@@ -87,6 +86,12 @@ def _one_line(box: str, overrides: list[str], default: Config) -> str:
         "",
         text,
     )
+
+
+def _unknown_option(typed: str, name: str, known: list[str]) -> str:
+    """The line on an option as it was `typed`, whose normal form `name` is near to one of the `known`."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"unknown option {typed}" + (f"; did you mean {close[0]}?" if close else "")
 
 
 def _option_names(section: Any, prefix: str = "--") -> list[str]:
@@ -107,8 +112,7 @@ class OneLineParser(argparse.ArgumentParser):
         for word in sys.argv[1:] if args is None else args:
             option = word.split("=")[0]
             if option.startswith("--") and option not in self._option_string_actions:
-                close = difflib.get_close_matches(option, self._option_string_actions, n=1, cutoff=0.5)
-                self.error(f"unknown option {option}" + (f"; did you mean {close[0]}?" if close else ""))
+                self.error(_unknown_option(option, option, list(self._option_string_actions)))
         return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:

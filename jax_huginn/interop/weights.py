@@ -10,13 +10,12 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
-from flax import nnx
 
 from jax_huginn.config.schema import Config
 from jax_huginn.interop.description import Dtype
 from jax_huginn.interop.errors import WeightsError
-from jax_huginn.interop.names import mapping_of, mappings, params_of
-from jax_huginn.model.huginn import MoEHuginnModel
+from jax_huginn.interop.names import mapping_of, mappings
+from jax_huginn.model.huginn import abstract_model
 from jax_huginn.ops.rope import rope_table
 
 EMBEDDING, LM_HEAD, FREQUENCIES = "transformer.wte.weight", "lm_head.weight", "freqs_cis"
@@ -56,7 +55,7 @@ class Weights:
 
             return LazyArray(leaf.shape, leaf.dtype, read)
 
-        return jax.tree_util.tree_map_with_path(lazy, abstract_params(self.config))
+        return jax.tree_util.tree_map_with_path(lazy, abstract_model(self.config)[1])
 
 
 def tensor_shapes(config: Config, params: Any) -> dict[str, tuple[int, ...]]:
@@ -73,11 +72,6 @@ def frequencies(config: Config) -> np.ndarray:
     """The buffer `freqs_cis`: cos and sin stacked last, (1, max_length, 1, K/2, 2) float32."""
     model = config.model
     return rope_table(model.max_length, model.head_dim, model.rope_base).astype(np.float32)[None, :, None]
-
-
-def abstract_params(config: Config) -> Any:
-    """Shapes and types of the parameters, none of which is allocated."""
-    return params_of(nnx.eval_shape(lambda: MoEHuginnModel(config)))
 
 
 def compute_type(tensors: Mapping[str, LazyArray]) -> Dtype:
@@ -104,7 +98,7 @@ def checked(
     if EMBEDDING not in tensors and LM_HEAD in tensors:  # one of two tied tensors is all that some writers keep
         tensors = {**tensors, EMBEDDING: tensors[LM_HEAD]}
 
-    shapes = tensor_shapes(config, abstract_params(config))
+    shapes = tensor_shapes(config, abstract_model(config)[1])
     repeated = {name: shapes.pop(name) for name in (LM_HEAD, FREQUENCIES)}
     for name, shape in shapes.items():
         if name not in tensors:

@@ -214,6 +214,12 @@ class MoEHuginnModel(nnx.Module):
         return partial(run, nnx.as_pure(params))
 
 
+def abstract_model(config: Config) -> tuple[nnx.GraphDef, Any]:
+    """The model's structure and the shapes of its parameters, without allocating any."""
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: MoEHuginnModel(config)))
+    return graphdef, nnx.as_pure(params)
+
+
 def cast_params(params: Any, dtype: jax.typing.DTypeLike) -> Any:
     """Parameters in the compute type, except the routers: their logits are computed in at least float32."""
 

@@ -43,8 +43,8 @@ def iterate(
 
     `n` may be traced. `scan_length` is static and at least k; where k is traced it is the backpropagation depth, and
     the rare k below it skips steps by `lax.cond`. `checkpoint` is a `jax.checkpoint` of some policy; it must stand
-    around the `cond`: inside it, plain differentiation of the `cond` would save the *weights* once per step, 22 GB of
-    them at 3.8 B (docs/decisions.md).
+    around the `cond`: inside it, plain differentiation of the `cond` would save the *weights* once per step, 19 GB
+    more at 3.8 B (docs/decisions.md).
     """
     frozen_params, frozen_injected = lax.stop_gradient((params, injected_BSD))
     state_BSD = lax.stop_gradient(state_BSD)

@@ -17,7 +17,7 @@ from flax import nnx
 
 import jax_huginn.model.huginn as huginn
 from jax_huginn.config.schema import CheckpointConfig, Config, from_dict, to_dict
-from jax_huginn.training.step import TrainState, abstract_model, init_state
+from jax_huginn.training.step import TrainState, init_state
 
 CHECKPOINTS = "checkpoints"
 
@@ -94,10 +94,7 @@ def find_step(run_or_step: str | os.PathLike) -> Path:
 def load_config(run_or_step: str | os.PathLike) -> Config:
     """The config that a checkpoint was written with."""
     step = find_step(run_or_step)
-    meta = ocp.CheckpointManager(step.parent.resolve()).restore(
-        int(step.name), args=ocp.args.Composite(meta=ocp.args.JsonRestore())
-    )["meta"]
-    return from_dict(meta["config"])
+    return from_dict(_restore_item(step, "meta", ocp.args.JsonRestore())["config"])
 
 
 def load_checkpoint(run_or_step: str | os.PathLike) -> huginn.MoEHuginnModel:
@@ -108,18 +105,21 @@ def load_checkpoint(run_or_step: str | os.PathLike) -> huginn.MoEHuginnModel:
     """
     step = find_step(run_or_step)
     config = load_config(step)
-    graphdef, params = abstract_model(config)
+    graphdef, params = huginn.abstract_model(config)
     return nnx.merge(graphdef, restore_params(step, _placed(params)))
 
 
 def restore_params(step: Path, abstract: Any) -> Any:
     """The parameters in a step folder, typed and placed as the `abstract` ones are."""
-    target = ocp.args.StandardRestore(nnx.to_pure_dict(abstract))
-    restored = ocp.CheckpointManager(step.parent.resolve()).restore(
-        int(step.name), args=ocp.args.Composite(params=target)
-    )["params"]
+    restored = _restore_item(step, "params", ocp.args.StandardRestore(nnx.to_pure_dict(abstract)))
     nnx.replace_by_pure_dict(abstract, restored)
     return nnx.as_pure(abstract)
+
+
+def _restore_item(step: Path, item: str, args: Any) -> Any:
+    """One of the items of a step folder."""
+    with ocp.CheckpointManager(step.parent.resolve()) as manager:
+        return manager.restore(int(step.name), args=ocp.args.Composite(**{item: args}))[item]
 
 
 def _placed(tree: Any) -> Any:

@@ -1,7 +1,7 @@
 """What a person sees while training runs."""
 
 import sys
-import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,18 @@ class Console:
         self.steps = steps
         self.live = sys.stdout.isatty()
         self.unfinished = False
+        self.speed = ""  # the last one that was measured; most records have none
 
     def progress(self, record: dict[str, Any], seconds_per_step: float, logged: bool) -> None:
         """Show a step; off a terminal only the logged ones."""
         if not (self.live or logged):
             return
         step = record["step"]
-        left = time.strftime("%H:%M:%S", time.gmtime(max(self.steps - step, 0) * seconds_per_step))
+        left = timedelta(seconds=round(max(self.steps - step, 0) * seconds_per_step))
         line = f"step {step}/{self.steps}  loss {record['loss']:.4f}  depth {record['n']:g}+{record['k']:g}"
         if "tokens_per_second" in record:
-            line += f"  {record['tokens_per_second']:,.0f} tokens/s"
-            self.speed = line[line.rindex("  ") :]
-        elif hasattr(self, "speed"):
-            line += self.speed
-        line += f"  {left} left"
+            self.speed = f"  {record['tokens_per_second']:,.0f} tokens/s"
+        line += f"{self.speed}  {left} left"
         if self.live:
             print(f"\r\x1b[K{line}", end="", flush=True)
             self.unfinished = True

@@ -15,7 +15,7 @@ from jax import lax
 
 from jax_huginn.config.schema import Config
 from jax_huginn.model import initializers
-from jax_huginn.model.huginn import HuginnOutput, MoEHuginnModel, cast_params
+from jax_huginn.model.huginn import HuginnOutput, MoEHuginnModel, abstract_model, cast_params
 from jax_huginn.model.moe import Routing
 from jax_huginn.training.optimizer import make_optimizer, make_schedule
 
@@ -47,12 +47,6 @@ class StepMetrics:
     learning_rate: jax.Array
     moe: Routing | None
     recurrence: dict[str, jax.Array]
-
-
-def abstract_model(config: Config) -> tuple[nnx.GraphDef, Any]:
-    """The model's structure and the shapes of its parameters, without allocating any."""
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: MoEHuginnModel(config)))
-    return graphdef, nnx.as_pure(params)
 
 
 def init_params(config: Config) -> Any:

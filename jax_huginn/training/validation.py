@@ -11,9 +11,8 @@ from flax import nnx
 
 from jax_huginn.config.schema import Config
 from jax_huginn.model import initializers
-from jax_huginn.model.huginn import cast_params
+from jax_huginn.model.huginn import abstract_model, cast_params
 from jax_huginn.ops.cross_entropy import IGNORE
-from jax_huginn.training.step import abstract_model
 
 
 def make_validation(
