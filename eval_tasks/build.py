@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jax_huginn.data.sources import is_held_out, stdlib_files
+from jax_huginn.data.sources.files import is_held_out, stdlib_files
 
 if TYPE_CHECKING:
     from datasets import DatasetDict

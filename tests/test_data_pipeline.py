@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import grain
 import numpy as np
 import orbax.checkpoint as ocp
 import pyarrow as pa
@@ -16,7 +15,8 @@ import pytest
 
 from jax_huginn.config.schema import Config, DataConfig, ModelConfig, TrainConfig, ValidationConfig
 from jax_huginn.data.pipeline import IGNORED, Data, build_data
-from jax_huginn.data.sources import DataError, split_files, stdlib_files, text_files
+from jax_huginn.data.position import whole_position
+from jax_huginn.data.sources.files import DataError, split_files, stdlib_files, text_files
 
 S, B, V = 64, 4, 512
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -177,12 +177,14 @@ def test_resuming_through_orbax_gives_the_very_next_batches(corpus: Path, tokeni
     with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
         for step in (1, 2, 3):
             take(data, 7)
-            manager.save(step, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(data.train)))  # pyright: ignore
+            position = whole_position([data.train.get_state()])
+            manager.save(step, args=ocp.args.Composite(data=ocp.args.JsonSave(position)))  # pyright: ignore
         manager.wait_until_finished()
         expected = take(data, 10)
         resumed = build_data(make_config(corpus), tokenizer_dir)
         take(resumed, 2)
-        manager.restore(3, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(resumed.train)))  # pyright: ignore
+        restored = manager.restore(3, args=ocp.args.Composite(data=ocp.args.JsonRestore()))  # pyright: ignore
+        resumed.train.set_state(restored["data"])
         assert resumed.train.get_state()["rows"] == 21 * B
         assert_equal(take(resumed, 10), expected)
         for each in (data, resumed):
@@ -247,7 +249,8 @@ def test_parquet_validation_path(rows_folder: Path, tmp_path: Path) -> None:
 
 
 def test_errors_of_the_background_thread_reach_the_reader(rows_folder: Path, tmp_path: Path) -> None:
-    config = make_config(rows_folder, source="parquet", vocab=V - 100, validation_path=str(tmp_path / "good.parquet"))
+    held_out = str(tmp_path / "good.parquet")
+    config = make_config(rows_folder, source="parquet", vocab=V - 100, validation_path=held_out, bad_rows="stop")
     good = pa.table({"input_ids": pa.array([[1] * (S + 1)] * B, pa.list_(pa.int32()))})
     pq.write_table(good, tmp_path / "good.parquet")
     data = build_data(config, tmp_path)

@@ -10,19 +10,21 @@ import pyarrow.parquet as pq
 import pytest
 
 from jax_huginn.config.schema import DataConfig
-from jax_huginn.data import sources
-from jax_huginn.data.sources import (
+from jax_huginn.data.sources import corpus, text
+from jax_huginn.data.sources.bad import BadData
+from jax_huginn.data.sources.files import (
     DataError,
     TextFile,
-    corpus,
     is_held_out,
     parquet_files,
-    parquet_pieces,
     split_files,
     stdlib_files,
     text_files,
-    text_pieces,
 )
+from jax_huginn.data.sources.parquet import parquet_pieces
+from jax_huginn.data.sources.text import text_pieces
+
+STOP = BadData("stop", print)
 
 
 def write(folder: Path, **contents: str) -> Path:
@@ -34,7 +36,7 @@ def write(folder: Path, **contents: str) -> Path:
 
 
 def texts(file: TextFile, offset: int = 0) -> list[str]:
-    return [document.text for _, documents in text_pieces(file, offset) for document in documents]
+    return [document.text for _, documents in text_pieces(file, offset, bad=STOP) for document in documents]
 
 
 def write_rows(path: Path, rows: list, kind: pa.DataType | None = None, group: int = 10) -> TextFile:
@@ -111,21 +113,21 @@ def test_text_is_read_from_folders_and_survives_bad_bytes(tmp_path: Path) -> Non
 def test_long_text_is_one_document_in_pieces_that_can_be_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "PIECE_BYTES", 100)
+    monkeypatch.setattr(text, "PIECE_BYTES", 100)
     content = "".join(f"line {index} äöü\n" for index in range(200))
     (tmp_path / "long.txt").write_text(content)
     file = TextFile("long.txt", tmp_path / "long.txt")
-    pieces = list(text_pieces(file))
+    pieces = list(text_pieces(file, bad=STOP))
     documents = [document for _, (document,) in pieces]
     assert "".join(document.text for document in documents) == content
     assert [document.begins for document in documents] == [True] + [False] * (len(documents) - 1)
     assert [document.ends for document in documents] == [False] * (len(documents) - 1) + [True]
     for index, (offset, _) in enumerate(pieces):
-        assert list(text_pieces(file, offset)) == pieces[index:]
+        assert list(text_pieces(file, offset, bad=STOP)) == pieces[index:]
 
 
 def test_jsonl_documents_and_their_bad_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "PIECE_BYTES", 20)
+    monkeypatch.setattr(text, "PIECE_BYTES", 20)
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one\\ntwo"}\n\n{"text": "half \\ud800 pair"}\n{"text": ""}\n{"text": 3}\n')
     with pytest.raises(DataError) as error:
@@ -192,7 +194,7 @@ def test_parquet_rows_from_any_row_on(tmp_path: Path, kind: pa.DataType) -> None
     rows = np.arange(500).reshape(100, 5)
     file = write_rows(tmp_path / "a.parquet", rows.tolist(), kind, group=30)
     for offset in (0, 1, 29, 30, 64, 99, 100):
-        pieces = list(parquet_pieces(file, offset, length=5, vocab_size=500))
+        pieces = list(parquet_pieces(file, offset, length=5, vocab_size=500, bad=STOP))
         got = np.concatenate([piece for _, piece in pieces] or [np.zeros((0, 5), np.int32)])
         np.testing.assert_array_equal(got, rows[offset:])
         assert got.dtype == np.int32
@@ -213,7 +215,7 @@ def test_parquet_rows_from_any_row_on(tmp_path: Path, kind: pa.DataType) -> None
 def test_bad_rows_are_named(tmp_path: Path, bad: list | None, reason: str) -> None:
     file = write_rows(tmp_path / "a.parquet", [[1, 2, 3]] * 75 + [bad] + [[1, 2, 3]] * 5)
     with pytest.raises(DataError) as error:
-        list(parquet_pieces(file, 3, length=3, vocab_size=10))
+        list(parquet_pieces(file, 3, length=3, vocab_size=10, bad=STOP))
     one_line(error, str(file.path), "row 75 ", reason)
 
 
@@ -224,7 +226,7 @@ def test_bad_parquet_files_are_named(tmp_path: Path) -> None:
     for name, reason in (("column", "no such column"), ("type", "type string"), ("broken", "cannot be read")):
         file = TextFile(name, tmp_path / f"{name}.parquet")
         with pytest.raises(DataError) as error:
-            list(parquet_pieces(file, length=1, vocab_size=10))
+            list(parquet_pieces(file, length=1, vocab_size=10, bad=STOP))
         one_line(error, str(file.path), reason)
     (tmp_path / "one").mkdir()
     write_rows(tmp_path / "one" / "a.parquet", [[1]])

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from jax_huginn.data.sources import DataError, Document, stdlib_files
+from jax_huginn.data.sources.files import DataError, stdlib_files
+from jax_huginn.data.sources.text import Document
 from jax_huginn.data.tokenizer import (
     BOS,
     EOS,

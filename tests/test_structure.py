@@ -13,6 +13,7 @@ MAY_IMPORT = {
     "jax_huginn/ops": {"config", "ops"},
     "jax_huginn/model": {"config", "ops", "model"},
     "jax_huginn/data": {"config", "data"},
+    "jax_huginn/data/sources": {"config", "data"},
     "jax_huginn/interop": {"config", "ops", "model", "interop"},
     "jax_huginn/training": {"config", "ops", "model", "data", "interop", "training"},
 }

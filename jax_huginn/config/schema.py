@@ -233,12 +233,14 @@ class OptimizerConfig:
 class DataConfig:
     """Where the tokens come from."""
 
-    source: Literal["stdlib", "text", "parquet"] = "parquet"
-    """stdlib: the sources of this Python's standard library. text: .txt, .jsonl and .py files. parquet: token rows."""
+    source: Literal["stdlib", "text", "parquet", "hub"] = "parquet"
+    """stdlib: the sources of this Python's standard library. text: .txt, .jsonl and .py files. parquet: token rows.
+    hub: token rows of a Hugging Face dataset, fetched while training runs."""
     path: str = ""
-    """Folder (searched recursively) or file of the source; unused by stdlib."""
+    """Folder (searched recursively) or file of the source; of hub, OWNER/NAME or OWNER/NAME/FOLDER; of stdlib, unused."""
     validation_path: str = ""
-    """Folder or file of held-out rows (parquet). Empty: every file whose name hashes to the validation share."""
+    """Folder or file of held-out data; for hub a folder of the repository. Empty: the hub repository's own validation
+    split, or else every file whose name hashes to the validation share."""
     validation_fraction: float = 0.05
     """Share of files held out for validation, chosen by a hash of the relative path."""
     tokenizer: str = ""
@@ -249,9 +251,18 @@ class DataConfig:
     """Rows within which each stream is shuffled; 1 keeps the files' order."""
     prefetch: int = 4
     """Batches prepared ahead of the device."""
+    bad_rows: Literal["skip", "stop"] = "skip"
+    """What becomes of a row (wrong length, null, token outside the vocabulary) or a parquet file (damaged, empty, other
+    columns) that cannot be used: it is skipped, counted and logged, or it ends the run."""
+    revision: str = "main"
+    """Branch, tag or commit of the hub's dataset; a run keeps the commit that it found at its start."""
+    cache_dir: str = ""
+    """Folder of the files fetched from the hub, which runs may share. Empty: in the Hugging Face home."""
+    cache_gb: float = 64.0
+    """Size that each process's part of that folder may reach, in GB of 10^9 bytes."""
 
     def __post_init__(self) -> None:
-        _require_positive("data", self, "streams", "shuffle_window", "prefetch")
+        _require_positive("data", self, "streams", "shuffle_window", "prefetch", "cache_gb")
         require(
             0 <= self.validation_fraction < 1,
             f"data.validation_fraction={self.validation_fraction} must lie in [0, 1)",

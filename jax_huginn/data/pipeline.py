@@ -1,6 +1,6 @@
 """From a configuration to batches: the tokenizer, the endless training iterator and the fixed validation batches."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,11 @@ import numpy as np
 
 from jax_huginn.config.schema import Config
 from jax_huginn.data.order import permutation
-from jax_huginn.data.sources import PIECE_BYTES, DataError, TextFile, corpus, parquet_pieces, text_pieces
+from jax_huginn.data.sources import corpus
+from jax_huginn.data.sources.bad import BadData
+from jax_huginn.data.sources.files import DataError, TextFile
+from jax_huginn.data.sources.parquet import parquet_pieces
+from jax_huginn.data.sources.text import PIECE_BYTES, text_pieces
 from jax_huginn.data.tokenizer import (
     Encoder,
     is_byte_level,
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
     import grain
     from transformers import PreTrainedTokenizerFast
 
+    from jax_huginn.data.sources.hub import HubFiles
     from jax_huginn.data.streams import Pieces
 
 IGNORED = -100  # label that no loss counts
@@ -34,22 +39,74 @@ VALIDATION_SEED = 0  # not train.seed: runs of different seeds are measured on t
 VALIDATION_POOL = 4  # rows read for each one that is chosen
 
 
+class TrainBatches:
+    """The endless training batches, prepared ahead by a thread; one process's share of their rows.
+
+    A batch is a dict of `tokens` and `labels`, both (B / processes, S) int32; labels are the next tokens.
+    """
+
+    def __init__(self, batches: "grain.DatasetIterator[dict[str, np.ndarray]]", hub: "HubFiles | None") -> None:
+        self._batches, self._hub = batches, hub
+        self.skipped: dict[str, int] = {}
+        """`data_rows_skipped` and `data_files_skipped` up to the last batch's shuffle windows, where not zero."""
+
+    def __iter__(self) -> "TrainBatches":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        batch = next(self._batches)
+        state: dict[str, Any] = self._batches.get_state()  # pyright: ignore[reportAssignmentType]
+        _, _, rows, files = map(sum, zip(*state["skipped"], strict=True))
+        self.skipped = {"data_rows_skipped": rows} if rows else {}
+        self.skipped |= {"data_files_skipped": files} if files else {}
+        if self._hub:
+            self._hub.handed_out(state)
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """The position after the last batch handed out: this process's part, see `position.whole_position`."""
+        state: dict[str, Any] = self._batches.get_state()  # pyright: ignore[reportAssignmentType]
+        if self._hub:
+            self._hub.saved(state)
+        return state
+
+    def set_state(self, position: dict[str, Any]) -> None:
+        """Goes on exactly after the batch where `position`, a whole one or this process's part, was taken."""
+        self._batches.set_state(position)
+
+    def close(self) -> None:
+        """Stops the threads."""
+        if self._hub:
+            self._hub.close()  # first: the thread that prepares batches may be waiting for a file
+        self._batches.close()
+
+
 @dataclass(frozen=True)
 class Data:
     """What a run reads. A batch is a dict of `tokens` and `labels`, both (B,S) int32; labels are the next tokens."""
 
     tokenizer: "PreTrainedTokenizerFast | None"
-    """None for parquet rows of which the tokenizer was not told."""
-    train: "grain.DatasetIterator[dict[str, np.ndarray]]"
-    """Endless. Its state is that of the last batch handed out; `close()` stops its thread."""
+    """None for token rows of which the tokenizer was not told."""
+    train: TrainBatches
+    """Endless. Its state is that of the last batch handed out; `close()` stops its threads."""
     validation: list[dict[str, np.ndarray]]
     """Fixed batches of held-out rows, in which label -100 is padding; empty only where nothing is held out."""
     token_bytes: np.ndarray | None
     """UTF-8 bytes a token stands for, (V,) int32; None without a byte-level tokenizer."""
 
 
-def build_data(config: Config, tokenizer_dir: Path) -> Data:
+def build_data(
+    config: Config,
+    tokenizer_dir: Path,
+    *,
+    report: Callable[[str], None] = print,
+    process: int = 0,
+    processes: int = 1,
+) -> Data:
     """Opens the data of a run; `tokenizer_dir` (RUN/tokenizer) gets its tokenizer, or already has it on resuming.
+
+    With several processes, `process` of `processes` gets the rows p, p + P, ... of every batch, training's and
+    validation's. `report` is given a line for whatever is skipped or fetched again, from other threads too.
 
     Raises `DataError` in one line for every path, file, row or tokenizer that cannot be used.
     """
@@ -57,42 +114,72 @@ def build_data(config: Config, tokenizer_dir: Path) -> Data:
 
     from jax_huginn.data.streams import RowDataset
 
-    training, held_out = corpus(config.data)
+    size = config.train.batch_size // config.train.micro_batches
+    if size % processes:
+        raise DataError(
+            f"train.batch_size={config.train.batch_size} in train.micro_batches={config.train.micro_batches} is {size} "
+            f"sequence(s) at once, which {processes} processes cannot share evenly"
+        )
+    hub = None
+    if config.data.source == "hub":
+        from jax_huginn.data.sources.hub import HubFiles
+
+        hub = HubFiles(config.data, tokenizer_dir.parent, report)
+        training, held_out = hub.training, hub.held_out
+    else:
+        training, held_out = corpus(config.data)
     tokenizer = _tokenizer(config, training, tokenizer_dir)
     length = config.train.sequence_length
     settings: dict[str, Any] = {"sequence_length": length}
-    if config.data.source == "parquet":
-        pieces: Pieces = partial(parquet_pieces, length=length + 1, vocab_size=config.model.vocab_size)
+    if config.data.source in ("parquet", "hub"):
         take, stride = 1, 1
     else:
         assert tokenizer is not None
-        pieces, take, stride = _token_pieces(tokenizer), length + 1, length
+        take, stride = length + 1, length
         settings["tokenizer"] = vocabulary_digest(tokenizer)
+
+    def pieces(bad: BadData) -> "Pieces":
+        if tokenizer is not None and take > 1:
+            return _token_pieces(tokenizer, bad)
+        rows = partial(parquet_pieces, length=length + 1, vocab_size=config.model.vocab_size, bad=bad)
+        return hub.local_pieces(rows) if hub else rows
+
+    bad = BadData(config.data.bad_rows, report)
     rows = RowDataset(
         training,
-        pieces,
+        pieces(bad),
         take=take,
         stride=stride,
         seed=config.train.seed,
         streams=config.data.streams,
         shuffle_window=config.data.shuffle_window,
         settings=settings,
+        process=process,
+        processes=processes,
+        bad=bad,
+        watcher=hub,
     )
-    batches = rows.batch(config.train.batch_size, drop_remainder=True, batch_fn=partial(_batch, length=length))
+    if hub:
+        hub.own(rows.stream_files())
+    batches = rows.batch(
+        config.train.batch_size // processes, drop_remainder=True, batch_fn=partial(_batch, length=length)
+    )
+    bad_held_out = BadData(config.data.bad_rows, report)
+    validation = _validation(config, held_out, pieces(bad_held_out), take, stride, bad_held_out)
     train = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=config.data.prefetch)
     return Data(
         tokenizer=tokenizer,
-        train=iter(train),
-        validation=_validation(config, held_out, pieces, take, stride),
+        train=TrainBatches(iter(train), hub),
+        validation=[{name: rows_BS[process::processes] for name, rows_BS in batch.items()} for batch in validation],
         token_bytes=token_bytes(tokenizer, config.model.vocab_size) if tokenizer and is_byte_level(tokenizer) else None,
     )
 
 
-def _token_pieces(tokenizer: "PreTrainedTokenizerFast") -> "Pieces":
+def _token_pieces(tokenizer: "PreTrainedTokenizerFast", bad: BadData) -> "Pieces":
     encode = Encoder(tokenizer)
 
     def pieces(file: TextFile, offset: int) -> Iterator[tuple[int, np.ndarray]]:
-        for begin, documents in text_pieces(file, offset):
+        for begin, documents in text_pieces(file, offset, bad=bad):
             yield begin, encode(documents)
 
     return pieces
@@ -102,7 +189,7 @@ def _tokenizer(config: Config, training: list[TextFile], folder: Path) -> "PreTr
     name, vocab_size = config.data.tokenizer, config.model.vocab_size
     if name:
         tokenizer = load_tokenizer(name)
-    elif config.data.source == "parquet":
+    elif config.data.source in ("parquet", "hub"):
         return None
     elif (folder / "tokenizer.json").exists():
         name, tokenizer = str(folder), load_tokenizer(str(folder))
@@ -119,8 +206,9 @@ def _tokenizer(config: Config, training: list[TextFile], folder: Path) -> "PreTr
 def _sample(files: list[TextFile]) -> Iterator[str]:
     """About `TOKENIZER_BYTES` of text: the beginnings of the files, in a fixed random order of the files."""
     share, spent = max(TOKENIZER_BYTES // len(files), PIECE_BYTES), 0
+    bad = BadData("skip", lambda line: None)  # training says what it skips, or stops there
     for index in permutation(len(files), 0):
-        for offset, documents in text_pieces(files[index]):
+        for offset, documents in text_pieces(files[index], bad=bad):
             if offset - files[index].begin >= share:
                 break
             spent += sum(len(document.text) for document in documents)
@@ -139,7 +227,7 @@ def _batch(rows: Sequence[np.ndarray], length: int) -> dict[str, np.ndarray]:
 
 
 def _validation(
-    config: Config, files: list[TextFile], pieces: "Pieces", take: int, stride: int
+    config: Config, files: list[TextFile], pieces: "Pieces", take: int, stride: int, bad: BadData
 ) -> list[dict[str, np.ndarray]]:
     """Full batches of rows chosen by a fixed seed from a few times as many, or one padded batch of all there are."""
     from jax_huginn.data.streams import RowReader
@@ -148,7 +236,7 @@ def _validation(
         return []
     size = config.train.batch_size // config.train.micro_batches  # what fits into the device's memory at once
     wanted = max(config.validation.sequences // size, 1) * size
-    reader = RowReader(files, pieces, take, stride, VALIDATION_SEED, stream=0)
+    reader = RowReader(files, pieces, take, stride, VALIDATION_SEED, 0, bad)
     pool = [row for _, row in zip(range(VALIDATION_POOL * wanted), reader.epoch_rows(), strict=False)]
     if not pool:
         raise DataError(f"{len(files)} held-out file(s), {files[0].path} first, hold no data: hold out more")

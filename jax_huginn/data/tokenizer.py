@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jax_huginn.data.sources import DataError, Document
+from jax_huginn.data.sources.files import DataError
+from jax_huginn.data.sources.text import Document
 
 # transformers says at every start that PyTorch is missing, which is no fault here.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

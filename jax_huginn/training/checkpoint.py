@@ -1,7 +1,7 @@
 """Checkpoints of a run: RUN/checkpoints/<step>/ by Orbax, written asynchronously, each one atomic.
 
-A step holds four items: `params`, `optimizer`, `data` (the iterator's position) and `meta` (config and versions as
-JSON). No pickle is involved.
+A step holds four items: `params`, `optimizer`, `data` (the exact position) and `meta` (config and versions), the
+last two JSON. No pickle is involved.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from flax import nnx
 
 import jax_huginn.model.huginn as huginn
 from jax_huginn.config.schema import CheckpointConfig, Config, from_dict, to_dict
+from jax_huginn.data.position import whole_position
 from jax_huginn.training.step import TrainState, init_state
 
 CHECKPOINTS = "checkpoints"
@@ -41,32 +42,29 @@ class Checkpoints:
         """Start writing the state after `state.step` steps; returns once the arrays are on the host.
 
         Args:
-            data: the training iterator, a Grain `DatasetIterator`.
+            data: the training batches, `data.pipeline.TrainBatches`.
         """
-        import grain
-
         step = int(state.step)
         if step == self.latest_step():
             return
         items = {
             "params": ocp.args.StandardSave(nnx.to_pure_dict(state.params)),
             "optimizer": ocp.args.StandardSave(state.opt_state),
-            "data": grain.checkpoint.CheckpointSave(data),
+            "data": ocp.args.JsonSave(gather_position(data.get_state())),
             "meta": ocp.args.JsonSave({"step": step, "config": to_dict(config), "jax": jax.__version__}),
         }
         self.manager.save(step, args=ocp.args.Composite(**items))
 
     def restore(self, step: int, data: Any, config: Config) -> TrainState:
         """The state after `step` steps; sets `data` to its position then."""
-        import grain
-
         abstract = jax.eval_shape(lambda: init_state(config))
         items = {
             "params": ocp.args.StandardRestore(_placed(nnx.to_pure_dict(abstract.params))),
             "optimizer": ocp.args.StandardRestore(_placed(abstract.opt_state)),
-            "data": grain.checkpoint.CheckpointRestore(data),
+            "data": ocp.args.JsonRestore(),
         }
         restored = self.manager.restore(step, args=ocp.args.Composite(**items))
+        data.set_state(restored["data"])
         params = abstract.params
         nnx.replace_by_pure_dict(params, restored["params"])
         return TrainState(nnx.as_pure(params), restored["optimizer"], jnp.asarray(step, jnp.int32))
@@ -75,6 +73,11 @@ class Checkpoints:
         """Block until the last save is on disk."""
         self.manager.wait_until_finished()
         self.manager.close()
+
+
+def gather_position(part: dict[str, Any]) -> dict[str, Any]:
+    """The whole position in the data from this process's part; one process holds all of it."""
+    return whole_position([part])
 
 
 def find_step(run_or_step: str | os.PathLike) -> Path:

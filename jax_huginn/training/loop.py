@@ -45,7 +45,7 @@ def train(config: Config) -> None:
         return
     if initial and (warning := adopt_tokenizer(initial, config, run_dir)):
         console.say(warning)
-    data = build_data(config, run_dir / "tokenizer")
+    data = build_data(config, run_dir / "tokenizer", report=console.say)
 
     # ---------------------------------------------------------------- state
     if start:
@@ -64,12 +64,15 @@ def train(config: Config) -> None:
     writers = make_writers(config, run_dir, start)
     clock = Clock(config, device.device_kind)
 
-    def fetch(step: int, metrics: StepMetrics, depths: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
+    def fetch(
+        step: int, metrics: StepMetrics, depths: tuple[np.ndarray, np.ndarray], skipped: dict[str, int]
+    ) -> dict[str, Any]:
         """A step's record; waits for the step."""
         host: StepMetrics = jax.device_get(metrics)
         n, k = (float(depth.mean()) for depth in depths)
         record: dict[str, Any] = {"step": step, "loss": float(host.loss), "objective": float(host.objective)}
         record |= {"n": n, "k": k, "grad_norm": float(host.grad_norm), "learning_rate": float(host.learning_rate)}
+        record |= skipped
         clock.tick(n, k)
         if is_logged(step):
             record |= {"param_norm": float(host.param_norm), **clock.read()}
@@ -95,7 +98,7 @@ def train(config: Config) -> None:
             # The metrics of the step before: fetching this step's would leave the device idle until the next dispatch.
             if pending:
                 send(fetch(*pending))
-            pending = (step + 1, metrics, depths)
+            pending = (step + 1, metrics, depths, data.train.skipped)
 
             done = step + 1
             stopping = stop.received is not None  # read once: a signal may come between two looks

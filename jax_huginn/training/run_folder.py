@@ -18,6 +18,9 @@ MAY_DIFFER = {
     "model.unroll",
     "model.loss_chunk",
     "data.prefetch",
+    "data.bad_rows",  # a run that has stopped at a bad row has passed none: it goes on exactly by skipping
+    "data.cache_dir",
+    "data.cache_gb",
     *(f"{section}." for section in ("validation", "checkpoint", "log")),
 }
 
@@ -73,7 +76,7 @@ def _clear(folder: Path) -> None:
     """Delete what a run writes, and nothing else that may be there."""
     for name in ("checkpoints", "tensorboard", "tokenizer"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "config.json", "wandb_id"):
+    for name in ("metrics.jsonl", "config.json", "wandb_id", "hub_files.json"):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -1,0 +1,33 @@
+"""Where documents and token rows come from.
+
+A file is read in pieces: whole lines of a text file, or some rows of a parquet file. A piece starts at a byte offset or
+a row number that a checkpoint can hold, so that going on from it reads one piece again and never a whole corpus.
+
+`files`: what there is, and its split. `text`, `parquet`: reading it. `bad`: what cannot be read. `hub`: the same from a
+repository of the Hugging Face hub, through `downloads` and a bounded `cache`.
+"""
+
+from jax_huginn.config.schema import DataConfig
+from jax_huginn.data.sources.files import DataError, TextFile, parquet_files, split_files, stdlib_files, text_files
+
+
+def corpus(config: DataConfig) -> tuple[list[TextFile], list[TextFile]]:
+    """Training and validation files of a `data` section; the second list is empty only where none is asked for."""
+    if config.source == "stdlib":
+        if config.validation_path:
+            raise DataError(f"data.validation_path={config.validation_path!r} needs data.source=text or parquet")
+        return split_files(stdlib_files(), config.validation_fraction)
+    find = parquet_files if config.source == "parquet" else text_files
+    if not config.path:
+        raise DataError(f"data.source={config.source} needs --data.path, a folder or a file")
+    files = find(config.path)
+    if config.validation_path:
+        held_out = find(config.validation_path, "data.validation_path")
+        held_out_paths = {file.path.resolve() for file in held_out}  # the one folder may lie within the other
+        files = [file for file in files if file.path.resolve() not in held_out_paths]
+        if not files:
+            raise DataError(
+                f"data.validation_path={config.validation_path!r} holds out all of data.path={config.path!r}"
+            )
+        return files, held_out
+    return split_files(files, config.validation_fraction)
