@@ -237,7 +237,7 @@ class DataConfig:
     """stdlib: the sources of this Python's standard library. text: .txt, .jsonl and .py files. parquet: token rows.
     hub: token rows of a Hugging Face dataset, fetched while training runs."""
     path: str = ""
-    """Folder (searched recursively) or file of the source; of hub, OWNER/NAME or OWNER/NAME/FOLDER; of stdlib, unused."""
+    """Folder (searched recursively) or file of the source; OWNER/NAME or OWNER/NAME/FOLDER of hub; unused by stdlib."""
     validation_path: str = ""
     """Folder or file of held-out data; for hub a folder of the repository. Empty: the hub repository's own validation
     split, or else every file whose name hashes to the validation share."""

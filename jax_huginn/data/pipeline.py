@@ -138,16 +138,16 @@ def build_data(
         take, stride = length + 1, length
         settings["tokenizer"] = vocabulary_digest(tokenizer)
 
-    def pieces(bad: BadData) -> "Pieces":
+    def pieces(bad: BadData, held_out: bool) -> "Pieces":
         if tokenizer is not None and take > 1:
             return _token_pieces(tokenizer, bad)
         rows = partial(parquet_pieces, length=length + 1, vocab_size=config.model.vocab_size, bad=bad)
-        return hub.local_pieces(rows) if hub else rows
+        return hub.local_pieces(rows, keep=held_out) if hub else rows
 
     bad = BadData(config.data.bad_rows, report)
     rows = RowDataset(
         training,
-        pieces(bad),
+        pieces(bad, held_out=False),
         take=take,
         stride=stride,
         seed=config.train.seed,
@@ -165,7 +165,7 @@ def build_data(
         config.train.batch_size // processes, drop_remainder=True, batch_fn=partial(_batch, length=length)
     )
     bad_held_out = BadData(config.data.bad_rows, report)
-    validation = _validation(config, held_out, pieces(bad_held_out), take, stride, bad_held_out)
+    validation = _validation(config, held_out, pieces(bad_held_out, held_out=True), take, stride, bad_held_out)
     train = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=config.data.prefetch)
     return Data(
         tokenizer=tokenizer,

@@ -319,11 +319,8 @@ class RowIterator(grain.DatasetIterator):
             "order": dict(self._order),
             "rows": self._count * self._processes,
             "streams": [stream.get_state() for stream in self._streams],
-            "skipped": [stream.start_skipped for stream in self._streams],
+            "skipped": [stream.skipped for stream in self._streams],
             "reading": [stream.reader.visit for stream in self._streams],
-            "total_skipped": [
-                sum(counts) for counts in zip(*(stream.skipped for stream in self._streams), strict=True)
-            ],
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
