@@ -29,12 +29,16 @@ class StoppedError(Exception):
     """The run ends while a file is being fetched."""
 
 
+class UnreachableError(DataError):
+    """The hub gave no answer, or none that would be the same tomorrow."""
+
+
 class FetchError(Exception):
     """A failed try. `final`: another one would not help. `wait`: seconds that the server asks for."""
 
-    def __init__(self, reason: str, final: bool = False, wait: float = 0.0) -> None:
+    def __init__(self, reason: str, final: bool = False, wait: float = 0.0, offline: bool = False) -> None:
         super().__init__(reason)
-        self.reason, self.final, self.wait = reason, final, wait
+        self.reason, self.final, self.wait, self.offline = reason, final, wait, offline
 
     @classmethod
     def of(cls, error: Exception) -> "FetchError":
@@ -44,7 +48,7 @@ class FetchError(Exception):
         if isinstance(error, FetchError):
             return error
         if isinstance(error, OfflineModeIsEnabled):
-            return cls("HF_HUB_OFFLINE is set", final=True)
+            return cls("HF_HUB_OFFLINE is set", final=True, offline=True)
         if (response := getattr(error, "response", None)) is not None:
             return cls.of_status(response)
         # Its class is that of whichever HTTP client the installed huggingface_hub has.
@@ -82,9 +86,10 @@ class Patience:
     def failed(self, what: str, fault: FetchError, tries: int) -> None:
         """Waits before the next try, or raises `DataError` after the last."""
         if fault.final:
-            raise DataError(f"{what} cannot be fetched: {fault.reason}")
+            kind = UnreachableError if fault.offline else DataError
+            raise kind(f"{what} cannot be fetched: {fault.reason}")
         if tries >= self.attempts:
-            raise DataError(f"{what} cannot be fetched after {tries} tries: {fault.reason}")
+            raise UnreachableError(f"{what} cannot be fetched after {tries} tries: {fault.reason}")
         seconds = max(min(FIRST_PAUSE * 2 ** (tries - 1), LONGEST_PAUSE) * random.uniform(0.5, 1.5), fault.wait)
         self.report(f"{what}: {fault.reason}; again in {seconds:.0f} s")
         self.pause(seconds)
@@ -138,7 +143,7 @@ def _continue(repository: str, commit: str, file: TextFile, part: Path, patience
     begin = _size(part)
     name = file.path.as_posix().removeprefix(f"{repository}/")
     headers = build_hf_headers() | {"Accept-Encoding": "identity"} | ({"Range": f"bytes={begin}-"} if begin else {})
-    url = hf_hub_url(repository, name, repo_type="dataset", revision=commit, endpoint=constants.ENDPOINT)
+    url = hf_hub_url(repository, name, repo_type="dataset", revision=commit)
     session: Any = get_session()
     with session.stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as answer:
         if answer.status_code == 416:  # the part is longer than the file
@@ -149,7 +154,7 @@ def _continue(repository: str, commit: str, file: TextFile, part: Path, patience
             raise FetchError("was sent from another byte on than asked for")
         with _writing(part, append=answer.status_code == 206) as write:
             have = begin if answer.status_code == 206 else 0
-            for chunk in answer.iter_raw(CHUNK):
+            for chunk in answer.iter_raw():  # as they come: of a dropped connection nothing is lost
                 have += len(chunk)
                 if have > file.size:
                     write(chunk[: len(chunk) - (have - file.size)])

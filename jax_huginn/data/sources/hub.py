@@ -18,7 +18,7 @@ import numpy as np
 
 from jax_huginn.config.schema import DataConfig
 from jax_huginn.data.sources.cache import FileCache
-from jax_huginn.data.sources.downloads import FetchError, Patience, StoppedError, fetch
+from jax_huginn.data.sources.downloads import FetchError, Patience, UnreachableError, fetch
 from jax_huginn.data.sources.files import DataError, TextFile, split_files
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ def _open_listing(repository: str, revision: str, kept: Path, folder: Path, repo
         try:
             patience = Patience(time.sleep, report, LISTING_ATTEMPTS)
             listing = fetch_listing(repository, revision, patience)
-        except (DataError, StoppedError) as error:
+        except UnreachableError as error:
             if not spare.exists():
                 raise
             listing = read_listing(spare)
