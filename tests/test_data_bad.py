@@ -1,0 +1,469 @@
+"""Bad rows and files are skipped, counted and told, or stop the run; either way no position moves. Fuzzed parquet too.
+
+More than the suite's cases: HUGINN_FUZZ=5000 pytest tests/test_data_bad.py -k fuzz
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jax_huginn.config.schema import Config, DataConfig, ModelConfig, TrainConfig, ValidationConfig
+from jax_huginn.data.pipeline import Data, build_data
+from jax_huginn.data.position import whole_position
+from jax_huginn.data.sources.bad import SHOWN, BadData
+from jax_huginn.data.sources.files import DataError, TextFile
+from jax_huginn.data.sources.parquet import parquet_pieces
+from jax_huginn.data.sources.text import text_pieces
+from jax_huginn.data.streams import RowDataset
+
+S, V = 4, 1000
+CASES = int(os.environ.get("HUGINN_FUZZ", "300"))
+BAD: dict[str, Any] = {
+    "null": None,
+    "short": [1, 2],
+    "empty": [],
+    "long": [1] * (S + 2),
+    "null token": [1, None, 3, 4, 5],
+    "too large": [1, 2, 3, 4, V],
+    "negative": [-1, 2, 3, 4, 5],
+}
+
+
+def good(first: int, count: int) -> list[list[int]]:
+    """Rows that tell their number in their first token."""
+    return [[first + index, 1, 2, 3, 4] for index in range(count)]
+
+
+def write(path: Path, rows: list, group: int = 10) -> TextFile:
+    table = pa.table({"input_ids": pa.array(rows, pa.list_(pa.int32()))})
+    pq.write_table(table, path, row_group_size=group, use_dictionary=False, compression="none")
+    return TextFile(path.name, path)
+
+
+def with_bad(rows: list[list[int]]) -> list:
+    """Each kind of bad row among the good ones, at the file's beginning and end too."""
+    mixed: list = []
+    for index, bad in enumerate(BAD.values()):
+        mixed += [bad, *rows[index * 3 : index * 3 + 3]]
+    return [*mixed, *rows[len(BAD) * 3 :], [7]]
+
+
+def read(file: TextFile, offset: int = 0, bad: BadData | None = None, **settings: Any) -> list[int]:
+    skip = bad or BadData("skip", lambda line: None)
+    fields = {"length": S + 1, "vocab_size": V} | settings
+    return [int(row[0]) for _, piece in parquet_pieces(file, offset, bad=skip, **fields) for row in piece]
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_row_is_skipped_or_stops(tmp_path: Path, kind: str) -> None:
+    file = write(tmp_path / "a.parquet", [*good(0, 70), BAD[kind], *good(70, 30)])
+    lines: list[str] = []
+    bad = BadData("skip", lines.append)
+    assert read(file, bad=bad) == list(range(100))
+    assert (bad.rows, bad.files, len(lines)) == (1, 0, 1)
+    assert lines[0].startswith(f"skipped: {file.path} row 70 ")
+    with pytest.raises(DataError, match=r"a\.parquet row 70 .*--data\.bad_rows skip") as error:
+        read(file, bad=BadData("stop", print))
+    assert "\n" not in str(error.value)
+
+
+def bad_files(folder: Path) -> dict[str, TextFile]:
+    """One file of every kind that cannot be used."""
+    whole = write(folder / "whole.parquet", good(0, 50)).path.read_bytes()
+    contents = {
+        "truncated": whole[: len(whole) // 2],
+        "without an end": whole[:-3],
+        "of zeros": bytes(1000),
+        "of no bytes": b"",
+        "text": b"PAR1 nothing",
+    }
+    tables = {
+        "without the column": pa.table({"tokens": [[1]]}),
+        "of text": pa.table({"input_ids": ["text"]}),
+        "of numbers": pa.table({"input_ids": [1, 2]}),
+        "of fractions": pa.table({"input_ids": [[1.5]]}),
+        "without rows": pa.table({"input_ids": pa.array([], pa.list_(pa.int32()))}),
+        "without columns": pa.table({}),
+    }
+    files = {}
+    for name, content in contents.items():
+        (folder / f"{name}.parquet").write_bytes(content)
+    for name, table in tables.items():
+        pq.write_table(table, folder / f"{name}.parquet")
+    for name in (*contents, *tables):
+        files[name] = TextFile(f"{name}.parquet", folder / f"{name}.parquet")
+    return files
+
+
+def test_a_bad_file_is_skipped_or_stops(tmp_path: Path) -> None:
+    files = bad_files(tmp_path)
+    assert len(files) == 11
+    for name, file in files.items():
+        lines: list[str] = []
+        bad = BadData("skip", lines.append)
+        assert read(file, bad=bad) == []
+        assert (bad.rows, bad.files, len(lines)) == (0, 1, 1), name
+        with pytest.raises(DataError) as error:
+            read(file, bad=BadData("stop", print))
+        for text in (lines[0], str(error.value)):
+            assert str(file.path) in text
+            assert "\n" not in text
+
+
+def test_the_log_tells_the_first_rows_of_a_file_and_their_number_once(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.parquet", [[1]] * 50 + good(0, 5))
+    lines: list[str] = []
+    bad = BadData("skip", lines.append)
+    read(file, bad=bad)
+    assert lines == [f"skipped: {file.path} row {row} has 1 tokens, not 5" for row in range(SHOWN)] + [
+        f"skipped: 50 rows of {file.path} in all"
+    ]
+    read(file, bad=bad)  # the next epoch
+    assert len(lines) == SHOWN + 1
+    assert bad.rows == 100
+
+
+def test_a_fault_of_the_machine_is_no_bad_data(tmp_path: Path) -> None:
+    file = TextFile("gone.parquet", tmp_path / "gone.parquet")
+    with pytest.raises(DataError, match="cannot be read: "):  # skipping it would change the data of a resumed run
+        read(file)
+
+
+def test_bad_lines_of_jsonl_are_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    lines = ['{"text": "one"}', "not json", '{"text": 3}', "[" * 100_000, '"text"', '{"text": "two"}', '{"text"']
+    path.write_text("\n".join(lines))
+    told: list[str] = []
+    bad = BadData("skip", told.append)
+    documents = [document.text for _, piece in text_pieces(TextFile("a.jsonl", path), bad=bad) for document in piece]
+    assert documents == ["one", "two"]
+    assert bad.rows == 5
+    assert told[0] == f'skipped: {path} line 2 is no JSON object with a string "text"'
+    assert told[-1] == f"skipped: 5 rows of {path} in all"
+
+
+# -------------------------------------------------------------------- positions
+
+
+def test_pieces_are_the_same_from_wherever_reading_starts(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.parquet", with_bad(good(0, 300)), group=100)
+    skip = BadData("skip", lambda line: None)
+    pieces = list(parquet_pieces(file, length=S + 1, vocab_size=V, bad=skip))
+    for index, (begin, _) in enumerate(pieces):
+        again = list(parquet_pieces(file, begin, length=S + 1, vocab_size=V, bad=skip))
+        assert [offset for offset, _ in again] == [offset for offset, _ in pieces[index:]]
+        for (_, left), (_, right) in zip(again, pieces[index:], strict=True):
+            np.testing.assert_array_equal(left, right)
+
+
+def damaged_inside(path: Path) -> TextFile:
+    """Row group 2 of 4, of 100 rows each, has a damaged page."""
+    file = write(path, with_bad(good(0, 370)), group=100)
+    with pq.ParquetFile(path) as table:
+        assert table.num_row_groups == 4
+        begin = table.metadata.row_group(2).column(0).data_page_offset
+    content = bytearray(path.read_bytes())
+    content[begin : begin + 40] = b"\xff" * 40
+    path.write_bytes(content)
+    return file
+
+
+def test_a_damaged_page_takes_the_same_rows_from_wherever_reading_starts(tmp_path: Path) -> None:
+    file = damaged_inside(tmp_path / "a.parquet")
+    bad = BadData("skip", lambda line: None)
+    rows = read(file, bad=bad)
+    assert rows == list(range(len(rows)))
+    assert 150 < len(rows) <= 200
+    assert bad.files == 1
+    for offset in (0, 64, 100, 164):
+        assert read(file, offset) == rows[-len(read(file, offset)) :]
+    stop = BadData("stop", print)
+    with pytest.raises(DataError, match="cannot be read as parquet"):
+        list(parquet_pieces(file, 120, length=S + 1, vocab_size=V, bad=stop))
+
+
+def make_config(folder: Path, policy: str = "skip", **data: Any) -> Config:
+    fields = {"source": "parquet", "path": str(folder), "streams": 3, "shuffle_window": 7, "bad_rows": policy}
+    return Config(
+        model=ModelConfig(vocab_size=V),
+        train=TrainConfig(batch_size=2, sequence_length=S),
+        data=DataConfig(**fields | {"validation_fraction": 0.0} | data),  # pyright: ignore[reportArgumentType]
+        validation=ValidationConfig(sequences=2),
+    )
+
+
+def build(folder: Path, policy: str = "skip", report: Callable[[str], None] = lambda line: None, **data: Any) -> Data:
+    return build_data(make_config(folder, policy, **data), folder.parent / "run" / "tokenizer", report=report)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three streams: good files with bad rows, a file damaged inside, and every kind of bad file."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    bad_files(folder)
+    (folder / "whole.parquet").unlink()
+    damaged_inside(folder / "damaged.parquet")
+    for index in range(12):
+        write(folder / f"good{index}.parquet", with_bad(good(400 + 50 * index, 50)), group=20)
+    return folder
+
+
+def test_training_reads_the_good_rows_and_resumes_exactly(folder: Path) -> None:
+    lines: list[str] = []
+    batches, positions, counts = [], [], []
+    with closing((data := build(folder, report=lines.append)).train):
+        for _ in range(900):  # more than two epochs
+            batches.append(next(data.train)["tokens"])
+            positions.append(json.dumps(whole_position([data.train.get_state()])))
+            counts.append(data.train.skipped)
+    seen = {int(row[0]) for batch in batches for row in batch}
+    assert seen >= set(range(400, 1000)) | set(range(150))
+    assert counts[-1]["data_rows_skipped"] > 2 * 12 * (len(BAD) + 1)
+    assert counts[-1]["data_files_skipped"] >= 2 * 12
+    assert sum("good0.parquet row" in line for line in lines) == SHOWN
+    with closing((data := build(folder)).train):
+        for at in (0, 1, 2, 37, 100, 101, 222, 350, 889):
+            data.train.set_state(json.loads(positions[at]))
+            for step in range(at + 1, min(at + 12, 900)):
+                np.testing.assert_array_equal(next(data.train)["tokens"], batches[step], err_msg=f"{at}, {step}")
+                assert data.train.skipped == counts[step], f"restored at {at}, step {step}"
+                assert json.dumps(whole_position([data.train.get_state()])) == positions[step]
+
+
+def test_stop_names_the_file_and_a_stopped_run_goes_on_by_skipping(folder: Path) -> None:
+    with closing((data := build(folder, "stop")).train), pytest.raises(DataError) as error:
+        list(data.train)
+    assert str(folder) in str(error.value)
+    assert "\n" not in str(error.value)
+    for path in folder.iterdir():  # leave files that go wrong in a second window only
+        if not path.name.startswith("good"):
+            path.unlink()
+    for index in range(8):
+        write(folder / f"good{index}.parquet", [*good(400 + 50 * index, 40), [1], *good(440 + 50 * index, 10)])
+    with closing((data := build(folder)).train):
+        expected = [next(data.train)["tokens"] for _ in range(200)]
+    with closing((data := build(folder, "stop")).train):
+        positions = []
+        with pytest.raises(DataError):
+            positions.extend(data.train.get_state() for _ in data.train)
+    assert 20 < len(positions) < 199
+    with closing((data := build(folder, "skip")).train):
+        data.train.set_state(positions[-1])
+        for step in range(len(positions), 200):
+            np.testing.assert_array_equal(next(data.train)["tokens"], expected[step])
+
+
+def test_nothing_but_bad_data_ends_in_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    opened: list[str] = []
+    for index in range(50):
+        write(folder / f"{index}.parquet", [[1, 2, 3]] * 20)
+    with closing((data := build(folder, report=opened.append)).train), pytest.raises(DataError) as error:
+        next(data.train)
+    assert "no data in 3 file(s)" in str(error.value)  # and not all of them, which might be terabytes
+    assert "has 3 tokens, not 5" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert len({line.split()[1] for line in opened if " row " in line}) == 3
+    for path in list(folder.iterdir())[2:]:
+        path.unlink()
+    with closing((data := build(folder)).train), pytest.raises(DataError, match=r"no data in 1 file\(s\)"):
+        next(data.train)
+
+
+def test_held_out_data_follows_the_policy(folder: Path, tmp_path: Path) -> None:
+    held_out = tmp_path / "held_out"
+    held_out.mkdir()
+    write(held_out / "a.parquet", with_bad(good(0, 30)))
+    data = build(folder, validation_path=str(held_out))
+    assert {int(row[0]) for batch in data.validation for row in batch["tokens"]} <= set(range(30))
+    with pytest.raises(DataError, match="held_out"):
+        build(folder, "stop", validation_path=str(held_out))
+    for child in held_out.iterdir():
+        write(child, [[1]] * 9)
+    with pytest.raises(DataError, match=r"no data in 1 file\(s\)"):
+        build(folder, validation_path=str(held_out))
+
+
+# -------------------------------------------------------------------- processes
+
+
+def numbered(count: int, processes: int, process: int, streams: int = 4) -> Iterator[np.ndarray]:
+    """A share of the rows of `count` files, some of which are of no use."""
+
+    def pieces(bad: BadData, file: TextFile, offset: int) -> Iterator[tuple[int, np.ndarray]]:
+        number = int(file.relative_path)
+        if number % 5 == 4:
+            return bad.file(file, "is of no use")
+        for begin in range(offset, 11 + number, 3):
+            items = np.arange(begin, min(begin + 3, 11 + number))
+            for row in items[items % 4 == 3]:
+                bad.row(file, lambda row=row: f"row {row}", "is bad")
+            yield begin, (1000 * number + items[items % 4 != 3])[:, None]
+        return None
+
+    bad = BadData("skip", lambda line: None)
+    files = [TextFile(str(index), Path(str(index)), size=index) for index in range(count)]
+    return iter(
+        RowDataset(
+            files,
+            partial(pieces, bad),
+            take=1,
+            stride=1,
+            seed=3,
+            streams=streams,
+            shuffle_window=5,
+            settings={},
+            process=process,
+            processes=processes,
+            bad=bad,
+        )
+    )
+
+
+def interleaved(iterators: list[Any], count: int) -> np.ndarray:
+    """The next `count` rows of all processes together, in the order of their numbers."""
+    return np.concatenate([next(iterators[row % len(iterators)]) for row in range(count)])
+
+
+def test_processes_share_the_rows_of_one(tmp_path: Path) -> None:
+    alone = interleaved([numbered(23, 1, 0)], 800)
+    for processes in (2, 4):
+        share = [numbered(23, processes, process) for process in range(processes)]
+        np.testing.assert_array_equal(interleaved(share, 800), alone)
+
+
+@pytest.mark.parametrize("path", [(1, 2), (2, 4), (4, 1), (1, 4, 2, 1), (4, 2)])
+@pytest.mark.parametrize("batches", [1, 7, 40])
+def test_going_on_with_another_number_of_processes_is_exact(path: tuple[int, ...], batches: int) -> None:
+    alone = numbered(23, 1, 0)
+    expected = interleaved([alone], 8 * batches * (len(path) + 1))
+    position, rows = None, []
+    for processes in path:
+        share: list[Any] = [numbered(23, processes, process) for process in range(processes)]
+        for each in share if position else []:
+            each.set_state(json.loads(json.dumps(position)))
+        rows.append(interleaved(share, 8 * batches))
+        position = whole_position([each.get_state() for each in reversed(share)])
+        assert position["rows"] == sum(map(len, rows))
+        assert set(position) == {"order", "rows", "streams", "skipped"}
+    got = np.concatenate(rows)
+    np.testing.assert_array_equal(got, expected[: len(got)])
+    last: Any = numbered(23, 1, 0)
+    last.set_state(position)
+    np.testing.assert_array_equal(interleaved([last], 8 * batches), expected[len(got) : len(got) + 8 * batches])
+    replay: Any = numbered(23, 1, 0)
+    interleaved([replay], len(got))
+    assert whole_position([replay.get_state()]) == position
+
+
+def test_a_number_of_processes_that_does_not_fit_is_refused(folder: Path) -> None:
+    cases = {
+        (3, 4): r"3 processes cannot share 4 streams \(data\.streams=4\)",
+        (2, 8): r"2 processes cannot share 3 streams, one for each of the 3 file\(s\) \(data\.streams=8\)",
+    }
+    for (processes, streams), message in cases.items():
+        with pytest.raises(DataError, match=message) as error:
+            numbered(3 if streams == 8 else 23, processes, 0, streams)
+        assert "\n" not in str(error.value)
+    with pytest.raises(DataError, match=r"batch_size=2 .* 4 processes cannot share"):
+        build_data(make_config(folder), folder.parent / "run", process=1, processes=4)
+    alone: Any = numbered(23, 1, 0)
+    next(alone)
+    share: Any = numbered(23, 2, 0)
+    with pytest.raises(DataError, match="divisible by the number of processes"):
+        share.set_state(whole_position([alone.get_state()]))
+
+
+def test_parts_that_do_not_belong_together_are_refused() -> None:
+    share: list[Any] = [numbered(23, 2, process) for process in range(2)]
+    interleaved(share, 8)
+    parts = [each.get_state() for each in share]
+    for wrong in ([parts[0]], [parts[0], parts[0]], [*parts, parts[0]]):
+        with pytest.raises(DataError, match="parts of a position are of the processes"):
+            whole_position(wrong)
+    next(share[0])
+    with pytest.raises(DataError, match="differ in rows"):
+        whole_position([each.get_state() for each in share])
+    with pytest.raises(DataError, match="is not that of"):
+        share[1].set_state(parts[0])
+
+
+# -------------------------------------------------------------------- fuzz
+
+
+def damage(content: bytes, rng: np.random.Generator) -> bytes:
+    """Flipped bits, overwritten, removed, repeated or inserted stretches; often in the footer, where the schema is."""
+    raw = bytearray(content)
+    for _ in range(rng.integers(1, 6)):
+        near_end = rng.random() < 0.5
+        place = int(rng.integers(max(len(raw) - 600, 0) if near_end else 0, max(len(raw), 1)))
+        stretch = int(rng.choice([1, 2, 4, 8, 40, 300]))
+        noise = rng.integers(0, 256, stretch, np.uint8).tobytes()
+        match rng.integers(0, 7):
+            case 0 | 1:
+                raw[place : place + 1] = bytes([raw[place] ^ (1 << int(rng.integers(8)))]) if raw else b""
+            case 2:
+                raw[place : place + stretch] = noise
+            case 3:
+                del raw[place : place + stretch]
+            case 4:
+                raw[place:place] = noise
+            case 5:
+                raw[place : place + stretch] = rng.choice([b"\0", b"\xff", b"\x7f"]) * stretch
+            case 6:
+                raw[place:place] = raw[place : place + stretch]
+    return bytes(raw)
+
+
+def originals(path: Path) -> list[bytes]:
+    """Small files of every layout: with and without dictionary and compression, old and new pages, other types."""
+    contents, rng = [], np.random.default_rng(0)
+    for kind in (pa.list_(pa.int32()), pa.large_list(pa.int64()), pa.list_(pa.uint16(), S + 1)):
+        rows = rng.integers(0, V, (60, S + 1)).tolist()
+        table = pa.table({"input_ids": pa.array(rows, kind), "other": ["text"] * 60})
+        for options in (
+            {"compression": "none", "use_dictionary": False},
+            {"compression": "snappy", "use_dictionary": True},
+            {"compression": "zstd", "data_page_version": "2.0", "write_page_checksum": True},
+            {"compression": "gzip", "column_encoding": None, "use_dictionary": False, "data_page_size": 64},
+        ):
+            pq.write_table(table, path, row_group_size=25, **options)
+            contents.append(path.read_bytes())
+    return contents
+
+
+def test_fuzzed_parquet_gives_rows_or_a_data_error(tmp_path: Path) -> None:
+    contents = originals(tmp_path / "original.parquet")
+    file = TextFile("fuzzed.parquet", tmp_path / "fuzzed.parquet")
+    outcomes = {"rows": 0, "stopped": 0, "skipped": 0}
+    for case in range(CASES):
+        rng = np.random.default_rng([17, case])
+        file.path.write_bytes(damage(contents[case % len(contents)], rng))
+        lines: list[str] = []
+        bad = BadData("skip", lines.append)
+        for _, piece in parquet_pieces(file, int(rng.integers(0, 3)) * 20, length=S + 1, vocab_size=V, bad=bad):
+            assert piece.dtype == np.int32
+            assert piece.shape[1] == S + 1
+            assert not piece.size or (piece.min() >= 0 and piece.max() < V)
+        outcomes["skipped"] += bad.files
+        try:
+            read(file, bad=BadData("stop", print))
+            outcomes["rows"] += 1
+        except DataError as error:
+            outcomes["stopped"] += 1
+            lines.append(str(error))
+        assert not any("\n" in line for line in lines)
+    assert outcomes["rows"] > CASES / 50
+    assert outcomes["stopped"] > CASES / 3
+    assert outcomes["skipped"] > CASES / 3
