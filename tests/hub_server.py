@@ -34,6 +34,8 @@ class Fault:
     """Byte of the body of which a bit is flipped."""
     stall: float = 0.0
     """Seconds before which nothing is sent."""
+    hang: float = 0.0
+    """Seconds for which a connection is kept open after `drop_after` bytes."""
     ignore_range: bool = False
 
 
@@ -145,7 +147,8 @@ class HubServer:
                 length = len(body)
                 if fault.drop_after is not None:
                     body = body[: fault.drop_after]
-                return self.send(status, bytes(body), headers, length)
+                self.send(status, bytes(body), headers, length)
+                return time.sleep(fault.hang)
 
             def send_json(self, value: Any, headers: dict[str, str] | None = None) -> None:
                 self.send(200, json.dumps(value).encode(), {"Content-Type": "application/json"} | (headers or {}))

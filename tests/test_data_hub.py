@@ -30,8 +30,10 @@ from jax_huginn.data.sources.hub import Listing, read_listing, split_listing
 S, V = 8, 96
 
 
-def rows(count: int, seed: int) -> bytes:
+def rows(count: int, seed: int, bad: int = 0) -> bytes:
+    """A parquet file of `count` rows, the first `bad` of which are too short."""
     tokens = np.random.default_rng(seed).integers(0, V, (count, S + 1)).tolist()
+    tokens[:bad] = [[1]] * bad
     content = io.BytesIO()
     pq.write_table(pa.table({"input_ids": pa.array(tokens, pa.list_(pa.int32()))}), content)
     return content.getvalue()

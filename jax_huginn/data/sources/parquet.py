@@ -24,17 +24,35 @@ def parquet_pieces(
     Args:
         path: where the file lies, if not at `file.path`.
     """
-    import pyarrow as pa
+    try:
+        for first, column in _columns(path or file.path, offset):
+            yield first, _token_rows(file, first, column, length, vocab_size, bad)
+    except _UnusableError as error:
+        return bad.file(file, str(error))
+    except OSError as error:
+        raise DataError(f"{file.path} cannot be read: {error.strerror}; mend it or take it out") from None
+    bad.read(file)
+    return None
+
+
+class _UnusableError(Exception):
+    """A file whose content is no table of token rows."""
+
+
+def _columns(path: Path, offset: int) -> Iterator[tuple[int, Any]]:
+    """Yields (row number, Arrow list column of at most 64 rows) from row `offset` on.
+
+    Raises `OSError` only with an error number, which the system gave.
+    """
     import pyarrow.parquet as pq
 
-    place = path or file.path
     try:
         # Memory-mapped, a file cut short under the reader's hands would end the process by SIGBUS.
-        with pq.ParquetFile(place, memory_map=False) as table:
+        with pq.ParquetFile(path, memory_map=False) as table:
             if complaint := _complaint(table.schema_arrow):
-                return bad.file(file, complaint)
+                raise _UnusableError(complaint)
             if not table.metadata.num_rows:
-                return bad.file(file, "has no rows")
+                raise _UnusableError("has no rows")
             first = 0
             for group in range(table.num_row_groups):
                 end = first + table.metadata.row_group(group).num_rows
@@ -45,16 +63,15 @@ def parquet_pieces(
                         batch = batch[: end - first]  # a damaged file may hold more than it says
                         begin = max(offset - first, 0)
                         if begin < len(batch):
-                            column = batch.column(0)[begin:]
-                            yield first + begin, _token_rows(file, first + begin, column, length, vocab_size, bad)
+                            yield first + begin, batch.column(0)[begin:]
                         first += len(batch)
                 first = end
-    except (OSError, pa.ArrowException) as error:
+    except _UnusableError:
+        raise
+    except Exception as error:  # Arrow's own, OSError without a number, and UnicodeDecodeError for a column's name
         if isinstance(error, OSError) and error.errno:
-            raise DataError(f"{file.path} cannot be read: {error.strerror}; mend it or take it out") from None
-        return bad.file(file, f"cannot be read as parquet: {_first_line(error)}")
-    bad.read(file)
-    return None
+            raise
+        raise _UnusableError(f"cannot be read as parquet: {_first_line(error)}") from None
 
 
 def _first_line(error: BaseException) -> str:
