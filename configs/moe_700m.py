@@ -1,9 +1,9 @@
 """MoE-Huginn 700 M (0.71 B parameters): width 2048, 8 routed and 1 shared expert at the injection.
 
-    python train_jax.py --config configs/moe_700m.py --data.path HUGINN_DATASET/train \
-        --data.validation_path HUGINN_DATASET/val --data.tokenizer TOKENIZER_FOLDER
+    python train_jax.py --config configs/moe_700m.py --data.tokenizer TOKENIZER_FOLDER
 
-Data: rows of 4097 tokens (tomg-group-umd/huginn-dataset), 512 rows a step, 47 684 steps = 100 B tokens.
+Data: rows of 4097 tokens (tomg-group-umd/huginn-dataset, fetched while training runs: 64 GB of disk at most), 512 rows a
+step, 47 684 steps = 100 B tokens.
 Hardware: 20 bytes a parameter with micro-batches and float32 moments, 14 GB, before activations. Measured on one
 H100 80GB with micro-batches of 4 sequences, remat dots: 47 GB.
 Expected result: not known; nobody has trained it.
@@ -12,7 +12,7 @@ Expected result: not known; nobody has trained it.
 import dataclasses
 
 from jax_huginn.config.presets import MoEHuginnConfig700M
-from jax_huginn.config.schema import Config, OptimizerConfig, TrainConfig
+from jax_huginn.config.schema import Config, DataConfig, OptimizerConfig, TrainConfig
 
 
 def get_config() -> Config:
@@ -21,4 +21,5 @@ def get_config() -> Config:
         run_dir="runs/moe_700m",
         train=TrainConfig(steps=47_684, batch_size=512, sequence_length=4096, micro_batches=128),
         optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=4096),
+        data=DataConfig(source="hub", path="tomg-group-umd/huginn-dataset"),
     )

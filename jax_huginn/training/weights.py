@@ -161,7 +161,7 @@ def adopt_tokenizer(start: Start, config: Config, run_dir: Path) -> str | None:
     if start.tokenizer:
         copy_tokenizer(start.tokenizer, run_dir / "tokenizer")
         return None
-    if config.data.source == "parquet":
+    if config.data.source in ("parquet", "hub"):
         return None
     return (
         f"warning: {config.checkpoint.init_from} comes without its tokenizer, so a new one is trained, whose tokens "
