@@ -5,8 +5,9 @@ import io
 import json
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -487,6 +488,51 @@ def test_the_cache_is_bounded_and_keeps_what_a_restart_reads(
         left = 396 - at
         np.testing.assert_array_equal(take(data, left), np.concatenate(seen[at:]))
     assert left > 0
+
+
+def test_what_must_stay_stays_and_the_longest_unused_goes(tmp_path: Path) -> None:
+    files = [TextFile(name, Path(name), size=10, digest=digest(name.encode())) for name in "abcdefghijklv"]
+
+    def write(file: TextFile, part: Path, target: Path) -> None:
+        target.write_bytes(bytes(10))
+
+    def visit(number: int) -> None:
+        cache.opens(0, number, files[number : number + 2])
+        with cache.open(files[number]):
+            cache.handed_out(0, max(number - 1, 0), number)
+
+    def there() -> str:
+        names = {file.digest: file.relative_path for file in files}
+        return "".join(sorted(names[path.stem] for path in tmp_path.glob("*.parquet")))
+
+    with closing(FileCache(tmp_path, 80, write, print)) as cache:
+        with cache.open(files[-1], keep=True):
+            pass
+        visit(0)
+        visit(1)
+        cache.saved(0, 0, 1)
+        for number in range(2, 10):
+            visit(number)
+            assert set("abv") <= set(there())  # the last checkpoint's, and the validation's
+            assert {files[number - 1].relative_path, files[number].relative_path} <= set(there())  # the window's
+            assert len(there()) <= 8
+        cache.saved(0, 8, 9)  # a checkpoint: a and b may go
+        visit(10)
+        visit(11)
+        deadline = time.monotonic() + 5
+        while "l" not in there() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not set("ab") <= set(there())
+        assert set("ijklv") <= set(there())
+    with closing(FileCache(tmp_path / "small", 30, write, print)) as cache:  # one window of four files
+        for number in range(4):
+            cache.opens(0, number, files[number : number + 1])
+            with pytest.raises(DataError, match="at once") if number == 3 else nullcontext(), cache.open(files[number]):
+                pass
+        cache.handed_out(0, 1, 3)
+        cache.saved(0, 1, 3)
+        with cache.open(files[3]):
+            pass
 
 
 def test_a_cache_that_is_too_small_is_refused(hub: HubServer, tmp_path: Path) -> None:

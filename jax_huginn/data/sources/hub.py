@@ -237,5 +237,7 @@ def _write(file: Path, text: str, replace_it: bool = True) -> None:
             os.link(name, file)
     except FileExistsError:
         pass
+    except OSError:  # a file system without hard links
+        os.replace(name, file)
     finally:
         Path(name).unlink(missing_ok=True)
