@@ -1,15 +1,21 @@
-"""A preset's full training step: seconds, tokens/s, MFU and memory, at given depths.
+"""A preset's full training step: seconds, tokens/s, MFU and memory, at given depths (n, k) of one compilation.
 
-    python benchmarks/train_step.py --config configs/moe_3_8b.py --batch 1 --n 25 --k 8 --set model.remat=dots
+    python benchmarks/train_step.py --config configs/moe_3_8b.py --batch 1 --set model.remat=dots model.unroll=true
+    python benchmarks/train_step.py --config configs/moe_3_8b.py --depths 25,8 0,8 50,8 0,4 --cache FOLDER
 
-One process measures one case, since peak memory is a process's.
+One process measures one case, since peak memory is a process's. `start_seconds` is the time from the start of the
+process to the end of the first step, Python's imports and the weights' initialisation included; with --cache, a second
+run of the same command shows a restart.
 """
+
+import time
+
+BEGAN = time.perf_counter()
 
 import argparse
 import dataclasses
 import os
 import sys
-import time
 from pathlib import Path
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")
@@ -28,12 +34,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", required=True)
     parser.add_argument("--batch", type=int, default=1, help="sequences in one micro-batch")
-    parser.add_argument("--n", type=int, default=25)
-    parser.add_argument("--k", type=int, default=8)
+    parser.add_argument("--depths", nargs="*", default=["25,8"], metavar="N,K")
+    parser.add_argument("--cache", help="folder of JAX's persistent compilation cache")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--set", nargs="*", default=[], metavar="SECTION.FIELD=VALUE")
     options = parser.parse_args()
 
+    if options.cache:
+        jax.config.update("jax_compilation_cache_dir", options.cache)
     config = load_preset(options.config)
     config = dataclasses.replace(
         config, train=dataclasses.replace(config.train, batch_size=options.batch, micro_batches=1)
@@ -41,45 +49,48 @@ def main() -> None:
     config = override(config, options.set)
     state = jax.jit(lambda: init_state(config))()
     step = jax.jit(make_train_step(config), donate_argnums=0)
-    rows = np.random.default_rng(0).integers(
-        0, config.model.vocab_size, (options.batch, config.train.sequence_length + 1)
-    )
-    rows = rows.astype(np.int32)
-    depths = np.array([options.n], np.int32), np.array([options.k], np.int32)
+    length, vocabulary = config.train.sequence_length, config.model.vocab_size
+    rows = np.random.default_rng(0).integers(0, vocabulary, (options.batch, length + 1)).astype(np.int32)
+    batch = jax.device_put((rows[:, :-1], rows[:, 1:]))
 
+    depths = [tuple(np.array([int(part)], np.int32) for part in depth.split(",")) for depth in options.depths]
     start = time.perf_counter()
-    compiled = step.lower(state, rows[:, :-1], rows[:, 1:], *depths).compile()
+    compiled = step.lower(state, *batch, *depths[0]).compile()
     compile_seconds = time.perf_counter() - start
-    inputs = jax.device_put((rows[:, :-1], rows[:, 1:], *depths))
-    metrics = None
+    state, metrics = compiled(state, *batch, *depths[0])
+    jax.block_until_ready(state)
+    start_seconds = time.perf_counter() - BEGAN
 
-    def run():
-        nonlocal state, metrics
-        state, metrics = compiled(state, *inputs)
-        return state
+    for n, k in depths:
 
-    seconds = median_seconds(run, options.repeats)
-    assert metrics is not None
-    assert np.isfinite(float(metrics.loss)), "the step's loss is not finite"
-    tokens = options.batch * config.train.sequence_length
-    flops = tokens * training_flops(config, options.n, options.k)
-    peak = peak_flops(jax.devices()[0].device_kind)
-    report(
-        benchmark="train_step",
-        config=Path(options.config).stem,
-        settings=options.set,
-        batch=options.batch,
-        sequence_length=config.train.sequence_length,
-        n=options.n,
-        k=options.k,
-        seconds=seconds,
-        tokens_per_second=tokens / seconds,
-        tflops=flops / seconds / 1e12,
-        mfu=flops / seconds / peak if peak else None,
-        peak_gb=peak_gigabytes(),
-        compile_seconds=compile_seconds,
-        loss=float(metrics.loss),
-    )
+        def run(n: np.ndarray = n, k: np.ndarray = k):
+            nonlocal state, metrics
+            state, metrics = compiled(state, *batch, n, k)
+            return state
+
+        seconds = median_seconds(run, options.repeats)
+        assert np.isfinite(float(metrics.loss)), "the step's loss is not finite"
+        tokens = options.batch * length
+        flops = tokens * training_flops(config, int(n[0]), int(k[0]))
+        peak = peak_flops(jax.devices()[0].device_kind)
+        report(
+            benchmark="train_step",
+            config=Path(options.config).stem,
+            settings=options.set,
+            batch=options.batch,
+            sequence_length=length,
+            n=int(n[0]),
+            k=int(k[0]),
+            seconds=seconds,
+            tokens_per_second=tokens / seconds,
+            tflops=flops / seconds / 1e12,
+            mfu=flops / seconds / peak if peak else None,
+            peak_gb=peak_gigabytes(),
+            compile_seconds=compile_seconds,
+            start_seconds=start_seconds,
+            xla_flags=os.environ.get("XLA_FLAGS", ""),
+            loss=float(metrics.loss),
+        )
 
 
 if __name__ == "__main__":

@@ -246,7 +246,7 @@ class MoEHuginnModel(nn.Module):
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:
         """Takase init: truncated normals of std sqrt(2/(5D)), outputs over sqrt(2L), router normal of std 0.02."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(self.device).manual_seed(seed)
         std = math.sqrt(2 / (5 * self.config.n_embd))
         for name, weight in self.named_parameters():
             if "norm_" in name or name.endswith(("moe_norm.weight", "ln_f.weight")):

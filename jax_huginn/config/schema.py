@@ -57,10 +57,11 @@ class ModelConfig:
     """Type in which weights are kept and updated (master weights)."""
     attention: Literal["auto", "xla", "cudnn", "einsum"] = "auto"
     """Attention kernel. auto: cudnn for 16-bit types on NVIDIA, einsum on CPUs and for float64, xla elsewhere."""
-    remat: Literal["none", "dots", "full"] = "full"
-    """What the backward pass of a block recomputes: nothing, all but its matmuls, everything."""
+    remat: Literal["none", "dots", "attention", "full"] = "full"
+    """What the backward pass recomputes: nothing, all but matmuls and attention, all but attention, everything."""
     unroll: bool = False
-    """Unroll the recurrences with gradient: 4 % faster on an H100 (no copies into stacked buffers), compiles longer."""
+    """Write out the recurrences with gradient, unless remat is full: faster, since nothing is copied into stacked
+    buffers, and longer to compile."""
     loss_chunk: int = 2048
     """Tokens whose logits exist at once in training; the (B,S,V) logits never do."""
 

@@ -15,6 +15,7 @@ from jax_huginn.model.moe import MoE, Routing
 from jax_huginn.ops.attention import causal_attention
 from jax_huginn.ops.norm import rms_norm
 from jax_huginn.ops.rope import apply_rope
+from jax_huginn.ops.swiglu import swiglu
 
 
 class RMSNorm(nnx.Module):
@@ -70,8 +71,7 @@ class GatedMLP(nnx.Module):
         self.w_proj = nnx.Param(initializers.output_projection(config)(rngs.params(), (hidden, width), dtype))
 
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
-        gate, up = jnp.split(x_BSD @ self.w_fc[...], 2, axis=-1)
-        return (jax.nn.silu(gate) * up) @ self.w_proj[...]
+        return swiglu(x_BSD @ self.w_fc[...]) @ self.w_proj[...]
 
 
 class SandwichBlock(nnx.Module):

@@ -21,13 +21,22 @@ from jax_huginn.model import initializers
 from jax_huginn.model.blocks import RMSNorm, SandwichBlock
 from jax_huginn.model.moe import MoE, Routing
 from jax_huginn.model.recurrence import Depth, iterate
+from jax_huginn.ops.attention import attention_saveable, is_named
 from jax_huginn.ops.cross_entropy import cross_entropy
 from jax_huginn.ops.norm import at_least_float32
 from jax_huginn.ops.rope import rope_table
 
+
+def _dots_saveable(primitive: Any, *inputs: Any, **params: Any) -> bool:
+    """Matmuls: of activations and weights, of the experts (`grouped_mlp` names its own) and within attention."""
+    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *inputs, **params)
+    return bool(dots) or attention_saveable(primitive, **params) or is_named("experts", primitive, params)
+
+
 REMAT_POLICIES = {
     "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": _dots_saveable,
+    "attention": attention_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -106,7 +115,7 @@ class MoEHuginnModel(nnx.Module):
             initial_state = jnp.asarray(initializers.fixed_state(0, tokens_BS.shape[1], self.config.model.width))
         n, k = num_steps
         model = self.cast()
-        output, y_BSD = model.hidden(tokens_BS, n, k, k, initial_state)
+        output, y_BSD = model.hidden(tokens_BS, n, k, initial_state)
         logits = (y_BSD @ model.wte[...].T).astype(at_least_float32(y_BSD.dtype))
         output = dataclasses.replace(output, logits=logits)
         return output if labels is None else model.with_loss(output, y_BSD, labels)
@@ -114,11 +123,12 @@ class MoEHuginnModel(nnx.Module):
     def training_loss(
         self, tokens_BS: jax.Array, labels_BS: jax.Array, n: Depth, k: Depth, initial_state: jax.Array
     ) -> HuginnOutput:
-        """The loss at a sampled depth, without logits: one compilation serves all n and k <= backprop_depth.
+        """The loss at a sampled depth, without logits. Where k is traced, one compilation serves every k of at least 1
+        and at most `recurrence.backprop_depth`; it recomputes whole recurrences whatever `model.remat` says.
 
         Parameters must already be in the compute type (`cast`), so that gradients can be taken with respect to them.
         """
-        output, y_BSD = self.hidden(tokens_BS, n, k, self.config.recurrence.backprop_depth, initial_state)
+        output, y_BSD = self.hidden(tokens_BS, n, k, initial_state)
         return self.with_loss(output, y_BSD, labels_BS)
 
     def cast(self) -> "MoEHuginnModel":
@@ -141,7 +151,7 @@ class MoEHuginnModel(nnx.Module):
         return e_BSD, routing
 
     def hidden(
-        self, tokens_BS: jax.Array, n: Depth, k: Depth, scan_length: int, initial_state: jax.Array
+        self, tokens_BS: jax.Array, n: Depth, k: Depth, initial_state: jax.Array
     ) -> tuple[HuginnOutput, jax.Array]:
         """Everything up to the head: the output without logits and loss, and the coda's normed answer (B,S,D)."""
         e_BSD, routing = self.embed(tokens_BS)
@@ -169,9 +179,8 @@ class MoEHuginnModel(nnx.Module):
             return x_BSD, None if routings[0] is None else Routing.combine(routings)
 
         params = (state_half_DD, nnx.as_pure(core_params))
-        recurrence = iterate(
-            core, params, injected_BSD, state_BSD, n, k, scan_length, self._checkpoint, self.config.model.unroll
-        )
+        most, unroll = self.config.recurrence.backprop_depth, self.config.model.unroll
+        recurrence = iterate(core, params, injected_BSD, state_BSD, n, k, most, self._checkpoint, unroll)
         with jax.named_scope("coda"):
             latents_BSD = y_BSD = self.norm_f(recurrence.state_BSD)
             for block in self.coda:

@@ -43,14 +43,17 @@ class Routing:
     @classmethod
     def combine(cls, parts: list[Routing]) -> Routing:
         """One record of several calls: counts add up, means and losses are averaged."""
-        return cls.total(jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts), len(parts))
+        return cls.total(jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts))
 
     @classmethod
-    def total(cls, stacked: Routing, calls: int | jax.Array) -> Routing:
-        """Like `combine`, of records stacked on a leading axis of which `calls` are not zero."""
-        sums = jax.tree.map(lambda leaf: leaf.sum(axis=0), stacked)
-        means = jax.tree.map(lambda leaf: leaf / jnp.maximum(calls, 1), sums)
-        return dataclasses.replace(means, counts_E=sums.counts_E, first_choice_E=sums.first_choice_E)
+    def total(cls, stacked: Routing) -> Routing:
+        """Like `combine`, of records stacked on a leading axis."""
+        return jax.tree.map(lambda leaf: leaf.sum(axis=0), stacked).averaged(stacked.entropy.shape[0])
+
+    def averaged(self, calls: int | jax.Array) -> Routing:
+        """The record of `calls` calls from the sum of theirs."""
+        means = jax.tree.map(lambda leaf: leaf / calls, self)
+        return dataclasses.replace(means, counts_E=self.counts_E, first_choice_E=self.first_choice_E)
 
 
 def route(x_TD: jax.Array, router_DE: jax.Array, active: int) -> tuple[jax.Array, jax.Array, Routing]:
@@ -108,7 +111,7 @@ class MoE(nnx.Module):
             experts_TA, weights_TA, routing = route(x_TD, self.router[...], self.active)
         with jax.named_scope("experts"):
             weights = (self.experts.w_gate[...], self.experts.w_up[...], self.experts.w_down[...])
-            y_TD = grouped_mlp(x_TD, experts_TA, weights_TA, *weights)
+            y_TD = jnp.asarray(grouped_mlp(x_TD, experts_TA, weights_TA, *weights))
         with jax.named_scope("shared_expert"):
             y_TD += self.shared(x_TD)
         return y_TD.reshape(x_BSD.shape), routing

@@ -1,10 +1,12 @@
 """Iterating the core: n steps without gradient, then k steps with (arXiv 2502.05171, section 3.3).
 
-`lax.fori_loop` with a traced bound and a `lax.scan` of fixed length let one compilation serve every sampled depth. A
+One compilation serves every sampled depth: the n steps are a `lax.fori_loop` with a traced bound. So are the k steps
+where k is traced, with a gradient of their own; where k is static they are a `lax.scan` that autodiff sees through. A
 scan to a maximal depth, or a `where(stop_gradient)` over all steps, would pay for every step on every draw.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -35,16 +37,15 @@ def iterate(
     state_BSD: jax.Array,
     n: Depth,
     k: Depth,
-    scan_length: int,
+    most: int,
     checkpoint: Callable[[Callable], Callable],
     unroll: bool,
 ) -> Recurrence:
     """Run `core` n + k times; gradients flow through the last k.
 
-    `n` may be traced. `scan_length` is static and at least k; where k is traced it is the backpropagation depth, and
-    the rare k below it skips steps by `lax.cond`. `checkpoint` is a `jax.checkpoint` of some policy; it must stand
-    around the `cond`: inside it, plain differentiation of the `cond` would save the *weights* once per step, 19 GB
-    more at 3.8 B (docs/decisions.md).
+    `n` may be traced. A static k, 0 too, is a scan over `checkpoint(core)`, a `jax.checkpoint` of some policy, and
+    `unroll` writes its steps out. A traced k, of 1 to `most`, is a loop whose backward pass keeps the states alone and
+    recomputes a step at a time.
     """
     frozen_params, frozen_injected = lax.stop_gradient((params, injected_BSD))
     state_BSD = lax.stop_gradient(state_BSD)
@@ -52,41 +53,75 @@ def iterate(
     def frozen_step(state):
         return core(frozen_params, frozen_injected, state)[0]
 
-    if scan_length == 0:  # evaluation: the last step is one without gradient
+    if isinstance(k, int) and k == 0:  # evaluation: the last step is one without gradient
         state_BSD, previous_BSD = lax.fori_loop(
             0, n, lambda _, states: (frozen_step(states[0]), states[0]), (state_BSD, state_BSD)
         )
-        _, routing = _zeros_like(jax.eval_shape(core, params, injected_BSD, state_BSD))
+        routing = _no_routing(core, params, injected_BSD, state_BSD)
         return Recurrence(state_BSD, routing, _mean_distance(state_BSD, previous_BSD))
     state_BSD = lax.fori_loop(0, n, lambda _, state: frozen_step(state), state_BSD)
 
-    def active_step(params, injected_BSD, state):
+    if not isinstance(k, int):
+        after: Any = _loop(core, most, params, injected_BSD, state_BSD, k)
+        state_BSD, routing, residual = after
+        return Recurrence(state_BSD, routing and routing.averaged(k), residual)
+
+    @checkpoint
+    def step(params, injected_BSD, state):
         new_state, routing = core(params, injected_BSD, state)
-        return new_state, routing, _mean_distance(new_state, state)
+        return new_state, (routing, _mean_distance(new_state, state))
 
-    shapes = jax.eval_shape(active_step, params, injected_BSD, state_BSD)
-
-    def skipped_step(params, injected_BSD, state):
-        return state, *_zeros_like(shapes[1:])
-
-    def step(params, injected_BSD, state, index):
-        if isinstance(k, int):
-            return active_step(params, injected_BSD, state)
-        return lax.cond(index < k, active_step, skipped_step, params, injected_BSD, state)
-
-    step = checkpoint(step)
-
-    def scan_step(state, index):
-        new_state, *seen = step(params, injected_BSD, state, index)
-        return new_state, tuple(seen)
-
-    state_BSD, (routings, residuals) = lax.scan(scan_step, state_BSD, jnp.arange(scan_length), unroll=unroll)
-    routing = Routing.total(routings, k) if isinstance(routings, Routing) else None
-    return Recurrence(state_BSD, routing, jnp.asarray(residuals)[k - 1])
+    state_BSD, (routings, residuals) = lax.scan(
+        lambda state, _: step(params, injected_BSD, state), state_BSD, length=k, unroll=unroll
+    )
+    routing = Routing.total(routings) if isinstance(routings, Routing) else None
+    return Recurrence(state_BSD, routing, jnp.asarray(residuals)[-1])
 
 
-def _zeros_like(shapes: Any) -> Any:
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+# ---- A traced number of steps with gradient -------------------------------------------------------------------------
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _loop(core: Core, most: int, params: Any, injected_BSD: jax.Array, state_BSD: jax.Array, k: jax.Array):
+    """The state after k steps, the sum of their routing statistics and the last step's residual."""
+    return _loop_forward(core, most, params, injected_BSD, state_BSD, k)[0]
+
+
+def _loop_forward(core, most, params, injected_BSD, state_BSD, k):
+    def step(index, carry):
+        state, states, routing, _ = carry
+        states = lax.dynamic_update_index_in_dim(states, state, index, axis=0)
+        new_state, seen = core(params, injected_BSD, state)
+        return new_state, states, jax.tree.map(jnp.add, routing, seen), _mean_distance(new_state, state)
+
+    states = jnp.zeros((most, *state_BSD.shape), state_BSD.dtype)
+    routing = _no_routing(core, params, injected_BSD, state_BSD)
+    residual = jnp.zeros((), at_least_float32(state_BSD.dtype))
+    state_BSD, states, routing, residual = lax.fori_loop(0, k, step, (state_BSD, states, routing, residual))
+    return (state_BSD, routing, residual), (params, injected_BSD, states, k)
+
+
+def _loop_backward(core, most, kept, cotangents):
+    params, injected_BSD, states, k = kept
+    d_state_BSD, d_routing, _ = cotangents  # every step's statistics have the cotangent of their sum
+
+    def step(index, carry):
+        sums, d_state = carry
+        _, vjp = jax.vjp(core, params, injected_BSD, states[k - 1 - index])
+        *gradients, d_state = vjp((d_state, d_routing))
+        return jax.tree.map(jnp.add, sums, tuple(gradients)), d_state
+
+    zeros = jax.tree.map(jnp.zeros_like, (params, injected_BSD))
+    (d_params, d_injected_BSD), d_state_BSD = lax.fori_loop(0, k, step, (zeros, d_state_BSD))
+    return d_params, d_injected_BSD, d_state_BSD, None
+
+
+_loop.defvjp(_loop_forward, _loop_backward)
+
+
+def _no_routing(core: Core, *inputs: Any) -> Routing | None:
+    _, routing = jax.eval_shape(core, *inputs)
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), routing)
 
 
 def _mean_distance(a_BSD: jax.Array, b_BSD: jax.Array) -> jax.Array:

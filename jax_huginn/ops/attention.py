@@ -4,10 +4,12 @@ Shapes: B batch, S sequence, H heads, K head width. Keys and values come already
 Huginn's qk_bias is added after the repeat.
 """
 
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jax_huginn.ops.norm import at_least_float32
 
@@ -36,9 +38,22 @@ def causal_attention(
     """
     implementation = resolve(implementation, q_BSHK.dtype)
     if implementation == "einsum":
-        return causal_attention_oracle(q_BSHK, k_BSHK, v_BSHK)
-    kernel = cast(Literal["xla", "cudnn"], implementation)
-    return jax.nn.dot_product_attention(q_BSHK, k_BSHK, v_BSHK, is_causal=True, implementation=kernel)
+        y_BSHK = causal_attention_oracle(q_BSHK, k_BSHK, v_BSHK)
+    else:
+        kernel = cast(Literal["xla", "cudnn"], implementation)
+        y_BSHK = jax.nn.dot_product_attention(q_BSHK, k_BSHK, v_BSHK, is_causal=True, implementation=kernel)
+    return checkpoint_name(y_BSHK, "attention")
+
+
+def attention_saveable(primitive: jax.extend.core.Primitive, *_: Any, **params: Any) -> bool:
+    """A policy of `jax.checkpoint`: keep attention's output and, of cuDNN's kernel, what its backward pass needs of the
+    softmax; without that, it would run the forward kernel again."""
+    return primitive.name.startswith("dot_product_attention_fwd") or is_named("attention", primitive, params)
+
+
+def is_named(name: str, primitive: jax.extend.core.Primitive, params: dict[str, Any]) -> bool:
+    """Whether the primitive is a `checkpoint_name` of that name."""
+    return primitive.name == "name" and params["name"] == name
 
 
 def resolve(implementation: str, dtype: jax.typing.DTypeLike) -> str:

@@ -1,23 +1,30 @@
 """Routed SwiGLU experts: every token through the experts it chose, dropless.
 
-Shapes: T tokens, D width, E experts, A experts per token, M expert hidden width, C slots per expert.
+Shapes: T tokens, D width, E experts, A experts per token, M expert hidden width, C slots per expert, K tokens of a
+block.
 
-`grouped_mlp_oracle` runs every expert on every token. `grouped_mlp` gathers each expert's tokens into C slots and
-runs one batched matmul over the experts. XLA wants a static C while the largest group is known only at run time, so
-a `lax.switch` picks the smallest sufficient C from a short list; the last one holds every token, hence nothing is
-ever dropped. The gradient is written by hand: autodiff would save the residuals of every branch and turn each gather
-into a scatter-add, while here dispatch and combine are each other's transpose and both are gathers.
+`grouped_mlp_oracle` runs every expert on every token. `grouped_mlp` gathers up to C tokens of each expert, a little
+more than an even share, and runs one batched matmul over the experts. What an expert received beyond C goes through it
+in blocks of K tokens, in a loop whose length is known only at run time: shapes are static, nothing is ever dropped, and
+the cost follows the tokens, not the largest group. The gradient is written by hand: autodiff cannot reverse that loop,
+and would turn each gather into a scatter-add, while dispatch and combine are each other's transpose and both gathers.
 """
 
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
-# Slots per expert relative to an even split. Larger groups fall through to "every token".
-CAPACITY_FACTORS = (1.125, 1.25, 1.5, 2.0, 3.0)
+CAPACITY = 1.125  # slots per expert relative to an even split: a balanced router's largest group is about 1.12
+BLOCKS = 4  # blocks of tokens in an expert's capacity; smaller ones leave a GPU idle
+COUNTED = 128  # assignments that are counted by one row of a triangular matmul
+
+_T = TypeVar("_T")
 
 
 def grouped_mlp_oracle(x_TD, experts_TA, weights_TA, w_gate_EDM, w_up_EDM, w_down_EMD):
@@ -30,7 +37,7 @@ def grouped_mlp_oracle(x_TD, experts_TA, weights_TA, w_gate_EDM, w_up_EDM, w_dow
     return jnp.einsum("te,etd->td", weights_TE, y_ETD)
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
 def grouped_mlp(
     x_TD: jax.Array,
     experts_TA: jax.Array,
@@ -38,99 +45,150 @@ def grouped_mlp(
     w_gate_EDM: jax.Array,
     w_up_EDM: jax.Array,
     w_down_EMD: jax.Array,
+    total_experts: int | None = None,
 ) -> jax.Array:
     """Same result as `grouped_mlp_oracle`, shape (T,D).
 
     `experts_TA` holds different experts for each token; an entry of E or more is an expert that is not here and adds
-    nothing, as under expert parallelism. Differentiable in everything but `experts_TA`.
+    nothing, as under expert parallelism, where `total_experts` says over how many the tokens spread (default: E).
+    Differentiable in everything but `experts_TA`.
     """
-
-    def branch(slots: _Slots) -> jax.Array:
-        x_ECD = slots.dispatch(x_TD)
-        hidden_ECM = jax.nn.silu(_each(x_ECD, w_gate_EDM)) * _each(x_ECD, w_up_EDM)
-        y_TAD = slots.collect(_each(hidden_ECM, w_down_EMD))
-        return jnp.einsum("tad,ta->td", y_TAD, weights_TA.astype(x_TD.dtype))
-
-    return _smallest_sufficient(experts_TA, w_gate_EDM.shape[0], branch)
-
-
-def _forward(x_TD, experts_TA, weights_TA, w_gate_EDM, w_up_EDM, w_down_EMD):
     inputs = (x_TD, experts_TA, weights_TA, w_gate_EDM, w_up_EDM, w_down_EMD)
-    return grouped_mlp(*inputs), inputs
+    return _forward(*inputs, total_experts)[0]
 
 
-def _backward(inputs, d_y_TD):
-    x_TD, experts_TA, weights_TA, w_gate_EDM, w_up_EDM, w_down_EMD = inputs
+def _forward(x_TD, experts_TA, weights_TA, w_gate_EDM, w_up_EDM, w_down_EMD, total_experts):
+    groups = _Groups(experts_TA, w_gate_EDM.shape[0], total_experts)
+    weights = weights_TA.astype(x_TD.dtype)
 
-    def branch(slots: _Slots):
-        x_ECD, d_y_ECD = slots.dispatch(x_TD), slots.dispatch(d_y_TD)
-        weight_EC1 = slots.dispatch_assignments(weights_TA.astype(x_TD.dtype))[..., None]
-        gate, up = _each(x_ECD, w_gate_EDM), _each(x_ECD, w_up_EDM)
-        hidden, silu_vjp = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate, up)
+    x_ECD = _rows(x_TD, groups.tokens_EC)
+    gate, up = (checkpoint_name(_each(x_ECD, w), "experts") for w in (w_gate_EDM, w_up_EDM))
+    y_ECD = _each(jax.nn.silu(gate) * up, w_down_EMD)
+    y_TD = jnp.einsum("tad,ta->td", groups.collect(y_ECD), weights)
+
+    def add_block(expert, assignments_K, y_TD):
+        tokens_K = assignments_K // groups.active
+        x_KD = _rows(x_TD, tokens_K)
+        y_KD = (jax.nn.silu(x_KD @ w_gate_EDM[expert]) * (x_KD @ w_up_EDM[expert])) @ w_down_EMD[expert]
+        return _add_rows(y_TD, tokens_K, _rows(weights.reshape(-1, 1), assignments_K) * y_KD)
+
+    y_TD = groups.for_each_block(add_block, y_TD)
+    return y_TD, (x_TD, experts_TA, weights_TA, w_gate_EDM, w_up_EDM, w_down_EMD, gate, up)
+
+
+def _backward(total_experts, kept, d_y_TD):
+    x_TD, experts_TA, weights_TA, w_gate_EDM, w_up_EDM, w_down_EMD, gate, up = kept
+    groups = _Groups(experts_TA, w_gate_EDM.shape[0], total_experts)
+    flat_weights = weights_TA.astype(x_TD.dtype).reshape(-1, 1)
+
+    def backward(x, d_y, weight, gate, up, w_gate, w_up, w_down):
+        """Gradients of rows (..., D) with weights (..., 1) through one expert each, batched over leading axes."""
+        hidden, swiglu_vjp = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate, up)
         # <y, d_y> = <w_down hidden, d_y> = <hidden, w_down^T d_y>: the router's gradient without recomputing y.
-        d_hidden = _each(d_y_ECD, jnp.swapaxes(w_down_EMD, 1, 2))
-        d_weight_EC = jnp.sum((hidden * d_hidden).astype(weights_TA.dtype), axis=-1)
-        d_gate, d_up = silu_vjp(weight_EC1 * d_hidden)
-        d_x_ECD = _each(d_gate, jnp.swapaxes(w_gate_EDM, 1, 2)) + _each(d_up, jnp.swapaxes(w_up_EDM, 1, 2))
-        return (
-            slots.collect(d_x_ECD).sum(axis=1),
-            slots.collect(d_weight_EC[..., None])[..., 0],
-            jnp.einsum("ecd,ecm->edm", x_ECD, d_gate),
-            jnp.einsum("ecd,ecm->edm", x_ECD, d_up),
-            jnp.einsum("ecm,ecd->emd", weight_EC1 * hidden, d_y_ECD),
-        )
+        d_hidden = d_y @ jnp.swapaxes(w_down, -1, -2)
+        d_weight = jnp.sum((hidden * d_hidden).astype(weights_TA.dtype), axis=-1, keepdims=True)
+        d_gate, d_up = swiglu_vjp(weight * d_hidden)
+        d_x = d_gate @ jnp.swapaxes(w_gate, -1, -2) + d_up @ jnp.swapaxes(w_up, -1, -2)
+        x_T, hidden_T = jnp.swapaxes(x, -1, -2), jnp.swapaxes(weight * hidden, -1, -2)
+        return d_x, d_weight, x_T @ d_gate, x_T @ d_up, hidden_T @ d_y
 
-    d_x_TD, d_weights_TA, *d_experts = _smallest_sufficient(experts_TA, w_gate_EDM.shape[0], branch)
-    return d_x_TD, None, d_weights_TA, *d_experts
+    x_ECD, d_y_ECD = _rows(x_TD, groups.tokens_EC), _rows(d_y_TD, groups.tokens_EC)
+    weight_EC1 = _rows(flat_weights, groups.assignments_EC)
+    d_x_ECD, d_weight_EC1, *d_experts = backward(x_ECD, d_y_ECD, weight_EC1, gate, up, w_gate_EDM, w_up_EDM, w_down_EMD)
+    d_x_TD = groups.collect(d_x_ECD).sum(axis=1)
+    d_flat_weights = groups.collect(d_weight_EC1).reshape(-1, 1)
+
+    def add_block(expert, assignments_K, sums):
+        d_x_TD, d_flat_weights, d_experts = sums
+        tokens_K = assignments_K // groups.active
+        x_KD, d_y_KD = _rows(x_TD, tokens_K), _rows(d_y_TD, tokens_K)
+        weight_K1 = _rows(flat_weights, assignments_K)
+        w_gate, w_up, w_down = w_gate_EDM[expert], w_up_EDM[expert], w_down_EMD[expert]
+        d_x_KD, d_weight_K1, *d_expert = backward(
+            x_KD, d_y_KD, weight_K1, x_KD @ w_gate, x_KD @ w_up, w_gate, w_up, w_down
+        )
+        d_experts = [d_all.at[expert].add(d) for d_all, d in zip(d_experts, d_expert, strict=True)]
+        d_flat_weights = _add_rows(d_flat_weights, assignments_K, d_weight_K1)
+        return _add_rows(d_x_TD, tokens_K, d_x_KD), d_flat_weights, d_experts
+
+    sums = groups.for_each_block(add_block, (d_x_TD, d_flat_weights, d_experts))
+    d_x_TD, d_flat_weights, d_experts = sums
+    return d_x_TD, None, d_flat_weights.reshape(weights_TA.shape), *d_experts
 
 
 grouped_mlp.defvjp(_forward, _backward)
 
 
-class _Groups(NamedTuple):
-    """The assignments (token, choice) sorted by expert."""
+class _Groups:
+    """Which assignment, a (token, choice) pair counted token by token, stands where. None is T*A, beyond the last.
 
-    experts_TA: jax.Array
-    order: jax.Array  # the assignment at each place of the sorted list
-    rank_TA: jax.Array  # each assignment's place within its expert's group
-    first_E: jax.Array  # where each expert's group starts and ends in the sorted list
-    end_E: jax.Array
+    Of an expert's list of assignments, the first C have a slot, the others form blocks of K.
+    """
 
+    def __init__(self, experts_TA: jax.Array, experts: int, total_experts: int | None):
+        tokens, self.active = experts_TA.shape
+        assigned = experts_TA.reshape(-1)
+        self.capacity = min(_round_up(CAPACITY * assigned.size / (total_experts or experts)), tokens)
+        self.block_size = min(_round_up(self.capacity / BLOCKS), tokens - self.capacity)
 
-def _group(experts_TA: jax.Array, experts: int) -> _Groups:
-    assignments = experts_TA.reshape(-1)
-    order = jnp.argsort(assignments, stable=True)
-    ids, in_order = jnp.arange(experts), assignments[order]
-    first_E, end_E = (jnp.searchsorted(in_order, ids, side=side) for side in ("left", "right"))
-    rank_TA = jnp.argsort(order).reshape(experts_TA.shape) - first_E.at[experts_TA].get(mode="clip")
-    return _Groups(experts_TA, order, rank_TA, first_E, end_E)
+        here_NE = assigned[:, None] == jnp.arange(experts)
+        counts_NE = _running_counts(here_NE)
+        sizes_E = counts_NE[-1]
+        self.ends_E = jnp.cumsum(sizes_E)  # where each expert's list ends when the lists stand one after the other
+        self.begins_E = self.ends_E - sizes_E
+        rank_N = jnp.sum(jnp.where(here_NE, counts_NE, 0), axis=1) - 1  # place in the expert's list; -1: not here
+        place_N = jnp.where(rank_N >= 0, self.begins_E.at[assigned].get(mode="clip") + rank_N, assigned.size)
+        every = jnp.arange(assigned.size)
+        self.lists = jnp.zeros_like(every).at[place_N].set(every, mode="drop", unique_indices=True)
 
+        slotted = (rank_N >= 0) & (rank_N < self.capacity)
+        slot_N = jnp.where(slotted, assigned * self.capacity + rank_N, experts * self.capacity)
+        self.slot_TA = slot_N.reshape(experts_TA.shape)
+        self.assignments_EC = self._listed(self.begins_E[:, None] + jnp.arange(self.capacity), self.ends_E[:, None])
+        self.tokens_EC = self.assignments_EC // self.active
+        if self.block_size:
+            over_E = jnp.maximum(sizes_E - self.capacity, 0)
+            self.blocks_E = jnp.cumsum(-(-over_E // self.block_size))  # of all experts up to this one
 
-class _Slots:
-    """The (E, C) grid of slots over the groups: a map from slots to assignments and its inverse."""
+    def for_each_block(self, body: Callable[[jax.Array, jax.Array, _T], _T], sums: _T) -> _T:
+        """sums = body(expert, assignments_K, sums) for every block; as many as there are at run time."""
+        if not self.block_size:  # every token has a slot, whatever it chooses
+            return sums
 
-    def __init__(self, groups: _Groups, capacity: int):
-        experts = groups.first_E.size
-        place_EC = groups.first_E[:, None] + jnp.arange(capacity)
-        assignment_EC = groups.order.at[place_EC].get(mode="clip")
-        self.active = groups.experts_TA.shape[1]
-        self.assignment_EC = jnp.where(place_EC < groups.end_E[:, None], assignment_EC, groups.order.size)
-        self.slot_TA = jnp.where(
-            groups.experts_TA < experts, groups.experts_TA * capacity + groups.rank_TA, experts * capacity
-        )
+        def step(index, sums):
+            expert = jnp.sum(self.blocks_E <= index)
+            before = jnp.where(expert > 0, self.blocks_E[expert - 1], 0)
+            begin = self.begins_E[expert] + self.capacity + (index - before) * self.block_size
+            return body(expert, self._listed(begin + jnp.arange(self.block_size), self.ends_E[expert]), sums)
 
-    def dispatch(self, x_TD: jax.Array) -> jax.Array:
-        """Each slot's token, zeros in empty slots: (E,C,D)."""
-        return x_TD.at[self.assignment_EC // self.active].get(mode="fill", fill_value=0)
-
-    def dispatch_assignments(self, values_TA: jax.Array) -> jax.Array:
-        """Each slot's value, zeros in empty slots: (E,C)."""
-        return values_TA.reshape(-1).at[self.assignment_EC].get(mode="fill", fill_value=0)
+        return lax.fori_loop(0, self.blocks_E[-1], step, sums)
 
     def collect(self, y_ECD: jax.Array) -> jax.Array:
-        """Each assignment's row, zeros where its expert is not here: (T,A,D)."""
-        rows = y_ECD.reshape(-1, y_ECD.shape[-1])
-        return rows.at[self.slot_TA].get(mode="fill", fill_value=0)
+        """Each assignment's row, zeros where it has no slot: (T,A,D)."""
+        return _rows(y_ECD.reshape(-1, y_ECD.shape[-1]), self.slot_TA)
+
+    def _listed(self, places: jax.Array, end: jax.Array) -> jax.Array:
+        """The assignments at places of the lists, none from `end` on."""
+        return jnp.where(places < end, self.lists.at[places].get(mode="clip"), self.lists.size)
+
+
+def _running_counts(here_NE: jax.Array) -> jax.Array:
+    """Inclusive cumulative sums along the first axis, int32.
+
+    By two triangular matmuls: a sort, `searchsorted` or `cumsum` are dozens of dependent small kernels on a GPU. Exact:
+    factors are at most `COUNTED`, sums are float32 below 2^24.
+    """
+    count, experts = here_NE.shape
+    padded = jnp.pad(here_NE, ((0, -count % COUNTED), (0, 0))).astype(jnp.float32)
+    blocks_BCE = padded.reshape(-1, COUNTED, experts)
+    within_BCE = jnp.einsum("ij,bje->bie", jnp.tri(COUNTED), blocks_BCE)
+    before_BE = jnp.tri(len(blocks_BCE), k=-1) @ within_BCE[:, -1]
+    return (within_BCE + before_BE[:, None]).reshape(-1, experts)[:count].astype(jnp.int32)
+
+
+def _round_up(size: float) -> int:
+    """To a multiple of 8, at least 8."""
+    return max(math.ceil(size / 8) * 8, 8)
 
 
 def _each(x_ECI: jax.Array, w_EIO: jax.Array) -> jax.Array:
@@ -138,11 +196,11 @@ def _each(x_ECI: jax.Array, w_EIO: jax.Array) -> jax.Array:
     return jnp.einsum("eci,eio->eco", x_ECI, w_EIO)
 
 
-def _smallest_sufficient(experts_TA: jax.Array, experts: int, branch: Callable[[_Slots], object]):
-    """Run `branch` with the fewest slots per expert, of a short list, that hold the largest group."""
-    groups = _group(experts_TA, experts)
-    tokens, active = experts_TA.shape
-    even = tokens * active / experts
-    capacities = sorted({min(tokens, 8 + int(even * factor) // 8 * 8) for factor in CAPACITY_FACTORS} | {tokens})
-    index = jnp.searchsorted(jnp.array(capacities), jnp.max(groups.end_E - groups.first_E))
-    return lax.switch(index, [lambda capacity=capacity: branch(_Slots(groups, capacity)) for capacity in capacities])
+def _rows(x: jax.Array, indices: jax.Array) -> jax.Array:
+    """Rows of x, zeros where the index lies beyond its last."""
+    return x.at[indices].get(mode="fill", fill_value=0)
+
+
+def _add_rows(x: jax.Array, indices: jax.Array, rows: jax.Array) -> jax.Array:
+    """x with rows added at different indices; an index beyond the last is dropped."""
+    return x.at[indices].add(rows, mode="drop", unique_indices=True)

@@ -6,7 +6,6 @@ Shapes: S positions, H heads, K head width, B batch.
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jax_huginn.ops.norm import at_least_float32
@@ -28,9 +27,10 @@ def apply_rope(x_BSHK: jax.Array, table_SK2: jax.Array) -> jax.Array:
 
     `table_SK2` has shape (S, K/2, 2), a slice of `rope_table`. Computed in at least float32, returned as `x`'s type.
     """
-    dtype = at_least_float32(x_BSHK.dtype)
-    cos = table_SK2[:, None, :, 0].astype(dtype)
-    sin = table_SK2[:, None, :, 1].astype(dtype)
-    even, odd = (x_BSHK[..., i::2].astype(dtype) for i in (0, 1))
-    turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
+    pairs = x_BSHK.reshape(*x_BSHK.shape[:-1], -1, 2).astype(at_least_float32(x_BSHK.dtype))
+    table_SK2 = table_SK2.astype(pairs.dtype)
+    cos, sin = table_SK2[:, None, :, :1], table_SK2[:, None, :, 1:]
+    # (even, odd) cos + (-odd, even) sin: a reversal of each pair, where slicing and stacking them again would be passes
+    # of their own, in the gradient too.
+    turned = pairs * cos + pairs[..., ::-1] * (sin * np.array([-1, 1], pairs.dtype))
     return turned.reshape(x_BSHK.shape).astype(x_BSHK.dtype)

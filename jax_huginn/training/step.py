@@ -59,17 +59,17 @@ def init_state(config: Config) -> TrainState:
     return TrainState(params, make_optimizer(config).init(params), jnp.zeros((), jnp.int32))
 
 
-def make_train_step(config: Config) -> Callable[..., tuple[TrainState, StepMetrics]]:
-    """`step(state, tokens_BS, labels_BS, n_N, k_N) -> state, metrics`; to be jitted with the state donated.
+def make_gradient(config: Config) -> Callable[..., tuple[tuple[jax.Array, HuginnOutput], Any]]:
+    """`gradient(params, tokens_BS, labels_BS, n, k, index) -> (loss, output), gradients` of one micro-batch.
 
-    The batch is the whole step's; it is cut into `train.micro_batches` parts in order, each with its own depth
-    (`sample_depths`) and its own s_0, drawn from (seed, micro-batch number) at the micro-batch's global shape.
-    Gradients are taken with respect to the weights in `model.dtype`. The losses of micro-batches are averaged.
+    `params` are in the compute type (`cast_params`), `index` numbers the micro-batch since the start of the run: s_0 is
+    drawn from it and the seed at the micro-batch's global shape. One compilation serves every depth. Of the gradient it
+    holds two versions, unless `model.remat` is full: the usual k is static, so that its residuals need no stacked
+    buffers and the sums of weight gradients no pass of their own; the rarer k are a loop (docs/performance.md).
     """
     graphdef, _ = abstract_model(config)
-    optimizer, schedule = make_optimizer(config), make_schedule(config)
-    micro_batches = config.train.micro_batches
     state_key = jax.random.key(config.train.seed)
+    usual_k = min(config.recurrence.mean, config.recurrence.backprop_depth)
 
     def loss(params: Any, tokens_BS, labels_BS, n, k, index) -> tuple[jax.Array, HuginnOutput]:
         shape = (*tokens_BS.shape, config.model.width)
@@ -79,7 +79,28 @@ def make_train_step(config: Config) -> Callable[..., tuple[TrainState, StepMetri
         assert output.loss is not None
         return output.loss, dataclasses.replace(output, latents=jnp.zeros(()))  # too large to keep
 
-    gradient = jax.value_and_grad(loss, has_aux=True)
+    looped = jax.value_and_grad(loss, has_aux=True)
+
+    def straight(params, tokens_BS, labels_BS, n, k, index):
+        return jax.value_and_grad(loss, has_aux=True)(params, tokens_BS, labels_BS, n, usual_k, index)
+
+    def gradient(params, tokens_BS, labels_BS, n, k, index):
+        inputs = (params, tokens_BS, labels_BS, n, k, index)
+        return looped(*inputs) if config.model.remat == "full" else lax.cond(k == usual_k, straight, looped, *inputs)
+
+    return gradient
+
+
+def make_train_step(config: Config) -> Callable[..., tuple[TrainState, StepMetrics]]:
+    """`step(state, tokens_BS, labels_BS, n_N, k_N) -> state, metrics`; to be jitted with the state donated.
+
+    The batch is the whole step's; it is cut into `train.micro_batches` parts in order, each with its own depth
+    (`sample_depths`) and its own s_0. Gradients are taken with respect to the weights in `model.dtype`. The losses of
+    micro-batches are averaged.
+    """
+    optimizer, schedule = make_optimizer(config), make_schedule(config)
+    micro_batches = config.train.micro_batches
+    gradient = make_gradient(config)
 
     def step(state: TrainState, tokens_BS: jax.Array, labels_BS: jax.Array, n_N: jax.Array, k_N: jax.Array):
         params = cast_params(state.params, config.model.dtype)
@@ -107,7 +128,7 @@ def make_train_step(config: Config) -> Callable[..., tuple[TrainState, StepMetri
             grad_norm=optax.global_norm(grads),
             param_norm=optax.global_norm(new_params),
             learning_rate=schedule(state.step),
-            moe=None if outputs.moe is None else Routing.total(outputs.moe, micro_batches),
+            moe=None if outputs.moe is None else Routing.total(outputs.moe),
             recurrence=jax.tree.map(lambda x: x.mean(axis=0), outputs.recurrence),
         )
         return TrainState(new_params, opt_state, state.step + 1), metrics

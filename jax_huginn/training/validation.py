@@ -27,7 +27,7 @@ def make_validation(
     @jax.jit
     def mean_loss(params: Any, tokens_BS: jax.Array, labels_BS: jax.Array, recurrences: jax.Array, state_SD: jax.Array):
         model = nnx.merge(graphdef, cast_params(params, config.model.dtype))
-        output, y_BSD = model.hidden(tokens_BS, recurrences, 0, 0, state_SD)
+        output, y_BSD = model.hidden(tokens_BS, recurrences, 0, state_SD)
         return model.with_loss(output, y_BSD, labels_BS).log_ppl
 
     def validate(params: Any) -> dict[str, float]:
