@@ -86,6 +86,7 @@ def measure_in_a_process(side: str) -> dict[str, Any]:
 
 def run_jax(config: Config, rows: np.ndarray, options: argparse.Namespace) -> dict[str, Any]:
     import jax
+
     from jax_huginn.model.huginn import cast_params
     from jax_huginn.training.step import init_params, init_state, make_gradient, make_train_step
 
@@ -118,6 +119,7 @@ def run_jax(config: Config, rows: np.ndarray, options: argparse.Namespace) -> di
 
 def run_torch(config: Config, rows: np.ndarray, options: argparse.Namespace) -> dict[str, Any]:
     import torch
+
     import torch_reference
     from jax_huginn.interop.description import model_config
 

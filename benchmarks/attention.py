@@ -37,7 +37,7 @@ def main() -> None:
 
     for kernel in options.kernels:
         forward = jax.jit(lambda q, k, v, kernel=kernel: causal_attention(q, k, v, kernel))
-        both = jax.jit(lambda q, k, v, d_y, kernel=kernel: jax.vjp(forward, q, k, v)[1](d_y))
+        both = jax.jit(lambda q, k, v, d_y, forward=forward: jax.vjp(forward, q, k, v)[1](d_y))
         error = error_against_oracle(forward, both, q, k, v, target)
         assert error < (2e-2 if q.dtype == jnp.bfloat16 else 1e-5), f"{kernel} is off the oracle by {error}"
         forward_seconds = median_seconds(lambda forward=forward: forward(q, k, v), options.repeats)
