@@ -10,6 +10,7 @@ into a scatter-add, while here dispatch and combine are each other's transpose a
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -30,7 +31,7 @@ def grouped_mlp_oracle(x_TD, experts_TA, weights_TA, w_gate_EDM, w_up_EDM, w_dow
     return jnp.einsum("te,etd->td", weights_TE, y_ETD)
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
 def grouped_mlp(
     x_TD: jax.Array,
     experts_TA: jax.Array,
@@ -38,11 +39,13 @@ def grouped_mlp(
     w_gate_EDM: jax.Array,
     w_up_EDM: jax.Array,
     w_down_EMD: jax.Array,
+    experts_in_all: int | None = None,
 ) -> jax.Array:
     """Same result as `grouped_mlp_oracle`, shape (T,D).
 
     `experts_TA` holds different experts for each token; an entry of E or more is an expert that is not here and adds
-    nothing, as under expert parallelism. Differentiable in everything but `experts_TA`.
+    nothing, as under expert parallelism; `experts_in_all`, E by default, says over how many the tokens spread when they
+    spread evenly. Differentiable in everything but `experts_TA`.
     """
 
     def branch(slots: _Slots) -> jax.Array:
@@ -51,15 +54,15 @@ def grouped_mlp(
         y_TAD = slots.collect(_each(hidden_ECM, w_down_EMD))
         return jnp.einsum("tad,ta->td", y_TAD, weights_TA.astype(x_TD.dtype))
 
-    return _smallest_sufficient(experts_TA, w_gate_EDM.shape[0], branch)
+    return _smallest_sufficient(experts_TA, w_gate_EDM.shape[0], experts_in_all, branch)
 
 
-def _forward(x_TD, experts_TA, weights_TA, w_gate_EDM, w_up_EDM, w_down_EMD):
+def _forward(x_TD, experts_TA, weights_TA, w_gate_EDM, w_up_EDM, w_down_EMD, experts_in_all):
     inputs = (x_TD, experts_TA, weights_TA, w_gate_EDM, w_up_EDM, w_down_EMD)
-    return grouped_mlp(*inputs), inputs
+    return grouped_mlp(*inputs, experts_in_all), inputs
 
 
-def _backward(inputs, d_y_TD):
+def _backward(experts_in_all, inputs, d_y_TD):
     x_TD, experts_TA, weights_TA, w_gate_EDM, w_up_EDM, w_down_EMD = inputs
 
     def branch(slots: _Slots):
@@ -80,7 +83,7 @@ def _backward(inputs, d_y_TD):
             jnp.einsum("ecm,ecd->emd", weight_EC1 * hidden, d_y_ECD),
         )
 
-    d_x_TD, d_weights_TA, *d_experts = _smallest_sufficient(experts_TA, w_gate_EDM.shape[0], branch)
+    d_x_TD, d_weights_TA, *d_experts = _smallest_sufficient(experts_TA, w_gate_EDM.shape[0], experts_in_all, branch)
     return d_x_TD, None, d_weights_TA, *d_experts
 
 
@@ -138,11 +141,13 @@ def _each(x_ECI: jax.Array, w_EIO: jax.Array) -> jax.Array:
     return jnp.einsum("eci,eio->eco", x_ECI, w_EIO)
 
 
-def _smallest_sufficient(experts_TA: jax.Array, experts: int, branch: Callable[[_Slots], object]):
+def _smallest_sufficient(
+    experts_TA: jax.Array, experts: int, experts_in_all: int | None, branch: Callable[[_Slots], object]
+):
     """Run `branch` with the fewest slots per expert, of a short list, that hold the largest group."""
     groups = _group(experts_TA, experts)
     tokens, active = experts_TA.shape
-    even = tokens * active / experts
+    even = tokens * active / (experts_in_all or experts)
     capacities = sorted({min(tokens, 8 + int(even * factor) // 8 * 8) for factor in CAPACITY_FACTORS} | {tokens})
     index = jnp.searchsorted(jnp.array(capacities), jnp.max(groups.end_E - groups.first_E))
     return lax.switch(index, [lambda capacity=capacity: branch(_Slots(groups, capacity)) for capacity in capacities])
