@@ -15,7 +15,7 @@ from jax import lax
 
 from jax_huginn.config.parallel import ParallelConfig
 from jax_huginn.ops.grouped_mlp import grouped_mlp
-from jax_huginn.parallel.mesh import batch_sum, inside
+from jax_huginn.parallel.mesh import all_gather, batch_sum, inside, reduce_scatter
 
 AXIS = "expert"
 Weights = tuple[jax.Array, jax.Array, jax.Array]
@@ -49,13 +49,9 @@ def _ring(config: ParallelConfig, x_TD, experts_TA, weights_TA, weights: Weights
     """Each device sees the tokens of all N, computes its experts' share of the sums, and the shares are added up where
     the tokens came from. Dropless, and balanced in what it sends whatever the router does."""
     local = weights[0].shape[0]
-    x, experts, token_weights = (_gather(part) for part in (x_TD, experts_TA, weights_TA))
+    x, experts, token_weights = (all_gather(part, (AXIS,), 0) for part in (x_TD, experts_TA, weights_TA))
     y = grouped_mlp(x, _here(experts, local), token_weights, *weights, lax.axis_size(AXIS) * local)
-    return lax.psum_scatter(y, AXIS, scatter_dimension=0, tiled=True), 0
-
-
-def _gather(x: jax.Array) -> jax.Array:
-    return lax.all_gather(x, AXIS, axis=0, tiled=True)
+    return reduce_scatter(y, (AXIS,), 0), 0
 
 
 def _here(experts: jax.Array, local: int) -> jax.Array:

@@ -195,8 +195,8 @@ def gathered(params: Any) -> Any:
 
     def gather(path: Any, leaf: jax.Array) -> jax.Array:
         for dimension, names in enumerate(split_axes(path, leaf)):
-            if names and names != RULES["experts"]:
-                leaf = lax.all_gather(leaf, names, axis=dimension, tiled=True)
+            if names != RULES["experts"]:
+                leaf = all_gather(leaf, names, dimension)
         return leaf
 
     return jax.tree_util.tree_map_with_path(gather, params) if inside() else params
@@ -207,7 +207,7 @@ def summed_gradients(gradients: Any) -> Any:
 
     def add(path: Any, leaf: jax.Array) -> jax.Array:
         split = {name for names in split_axes(path, leaf) for name in names}
-        copies = tuple(name for name in AXES if name not in split)
+        copies = _several(tuple(name for name in AXES if name not in split))
         return lax.psum(leaf, copies) if copies else leaf
 
     return jax.tree_util.tree_map_with_path(add, gradients) if inside() else gradients
@@ -215,9 +215,26 @@ def summed_gradients(gradients: Any) -> Any:
 
 def batch_sum(x: Any) -> Any:
     """The sum over all devices of what each has of its part of the batch."""
-    return lax.psum(x, AXES) if inside() else x
+    return lax.psum(x, _several(AXES)) if device_count() > 1 else x
 
 
 def batch_mean(x: Any) -> Any:
     """The mean over all devices; each has an equal part of the batch."""
-    return lax.pmean(x, AXES) if inside() else x
+    return lax.pmean(x, _several(AXES)) if device_count() > 1 else x
+
+
+def all_gather(x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:
+    """The parts of all devices along these mesh axes, one after the other along a dimension."""
+    axes = _several(axes)
+    return lax.all_gather(x, axes, axis=dimension, tiled=True) if axes else x
+
+
+def reduce_scatter(x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:
+    """This device's part of the sum over these mesh axes, cut along a dimension: the transpose of `all_gather`."""
+    axes = _several(axes)
+    return lax.psum_scatter(x, axes, scatter_dimension=dimension, tiled=True) if axes else x
+
+
+def _several(axes: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the axes that have more than one device: XLA for CPUs copies through an exchange with oneself."""
+    return tuple(axis for axis in axes if lax.axis_size(axis) > 1)
