@@ -41,7 +41,7 @@ def test_on_eight_devices(file):
     [
         ({"parallel": {"data": 2, "fsdp": 2}}, 8, "make 4 devices, there are 8"),
         ({"parallel": {"fsdp": 3}}, 8, "3 does not divide the 8 device"),
-        ({"parallel": {"fsdp": 8}, "model": {"width": 36}, "train": {"batch_size": 8}}, 8, "model.width=36"),
+        ({"parallel": {"fsdp": 16}, "model": {"width": 40, "heads": 2, "kv_heads": 2}}, 16, "model.width=40 must be"),
         ({"parallel": {"expert": 8}, "train": {"batch_size": 8}}, 8, "moe.experts=4 must be divisible by"),
         ({"parallel": {"expert": 2}, "moe": {"experts": 0}, "train": {"batch_size": 8}}, 8, "a dense model"),
         ({"train": {"batch_size": 8, "micro_batches": 2}}, 8, "a micro-batch of 4 sequences"),

@@ -50,7 +50,7 @@ def _ring(config: ParallelConfig, x_TD, experts_TA, weights_TA, weights: Weights
     the tokens came from. Dropless, and balanced in what it sends whatever the router does."""
     local = weights[0].shape[0]
     x, experts, token_weights = (all_gather(part, (AXIS,), 0) for part in (x_TD, experts_TA, weights_TA))
-    y = grouped_mlp(x, _here(experts, local), token_weights, *weights, lax.axis_size(AXIS) * local)
+    y: jax.Array = grouped_mlp(x, _here(experts, local), token_weights, *weights, lax.axis_size(AXIS) * local)
     return reduce_scatter(y, (AXIS,), 0), 0
 
 

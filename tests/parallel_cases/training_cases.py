@@ -183,9 +183,10 @@ def test_the_compiled_step_never_holds_a_whole_state():
         sizes[operation] += [
             math.prod(int(axis) for axis in shape.split(",") if axis) for shape in re.findall(r"\w\[([\d,]*)\]", result)
         ]
-    assert max(sizes["all-reduce"]) <= 256
+    assert max(sizes["all-reduce"]) <= 2 * 256  # a qk_bias
     matrices = sum(leaf.ndim == 2 for leaf in jax.tree.leaves(state.params))
-    assert len(sizes["reduce-scatter"]) == len(sizes["all-gather"]) + 1 == matrices + 2
+    assert len(sizes["reduce-scatter"]) == matrices + 1  # the tied embedding's twice
+    assert len(sizes["all-gather"]) >= matrices
 
 
 # ---- Checkpoints ----------------------------------------------------------------------------------------------------
