@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Several hosts under SLURM, one process a GPU. Set nodes, GPUs and time to your cluster's; then
 #
-#     sbatch scripts/slurm.sh --config configs/moe_3_8b.py --run_dir SHARED_FOLDER/run --parallel.fsdp 8 --data.path ...
+#     sbatch scripts/slurm.sh --config configs/moe_3_8b.py --run_dir SHARED_FOLDER/run --parallel.fsdp 8 \
+#         --train.micro_batches 256 --data.path ...
 #
 # All arguments go to train_jax.py. The run folder, the data and this clone must be on a file system that all hosts
 # share. In the log, from the first process alone:

@@ -101,7 +101,10 @@ def require_fit(config: Config, sizes: tuple[int, int, int]) -> None:
     require(
         sequences % devices == 0,
         f"a micro-batch of {sequences} sequences (train.batch_size={train.batch_size} / train.micro_batches="
-        f"{train.micro_batches}) must be divisible by the {devices} devices",
+        f"{train.micro_batches}) must be divisible by the {devices} devices: train.micro_batches may be "
+        f"{train.batch_size // devices} or a divisor of it"
+        if train.batch_size % devices == 0
+        else f"train.batch_size={train.batch_size} must be divisible by the {devices} devices",
     )
 
 

@@ -17,6 +17,7 @@ from jax_huginn.data.pipeline import IGNORED
 from jax_huginn.parallel.mesh import AXES, REPLICATED, per_device, shardings, specs
 from jax_huginn.training.checkpoint import Checkpoints, load_checkpoint
 from jax_huginn.training.depth import sample_depths
+from jax_huginn.training.optimizer import make_optimizer
 from jax_huginn.training.step import init_params, init_state, make_gradient, make_state, make_train_step
 from jax_huginn.training.validation import make_validation
 from tests.parallel_cases.support import ONE, STEPS, mesh_config, mesh_of, relative
@@ -124,6 +125,20 @@ def test_every_optimizers_state_is_split_like_its_weights(optimizer, placement):
     for (path, leaf), sharding in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(where), strict=True):
         if leaf.size > 256:
             assert math.prod(sharding.shard_shape(leaf.shape)) == leaf.size // 8, jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("optimizer", ["adam_atan2", "muon"])  # adamw took the five steps
+def test_an_update_on_a_mesh_is_that_of_one_device(optimizer):
+    """The compiler splits the update: norms, clipping per tensor and Muon's products go over all parts of a matrix."""
+    config = mesh_config((2, 2, 2), optimizer={"name": optimizer})
+    mesh, update = mesh_of(config), make_optimizer(config).update
+    random = np.random.default_rng(0)
+    params = jax.eval_shape(lambda: init_params(config))
+    params, gradients = (jax.tree.map(lambda leaf: random.normal(size=leaf.shape), params) for _ in range(2))
+    inputs = (gradients, jax.jit(make_optimizer(config).init)(params), params)
+    split = jax.tree.map(lambda leaf, where: jax.device_put(np.asarray(leaf), where), inputs, shardings(inputs, mesh))
+    for a, b in zip(jax.tree.leaves(jax.jit(update)(*inputs)), jax.tree.leaves(jax.jit(update)(*split)), strict=True):
+        assert relative(a, b) < 1e-10
 
 
 def abstract_gradient(sizes, **sections):
