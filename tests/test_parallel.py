@@ -59,6 +59,8 @@ def test_the_rest_is_filled_in(make_config):
     assert mesh_sizes(make_config(parallel={"data": 2, "fsdp": -1, "expert": 2}), 8) == (2, 2, 2)
     with pytest.raises(ConfigError, match=r"parallel.data and parallel.fsdp are both -1"):
         ParallelConfig(fsdp=-1)
+    with pytest.raises(ConfigError, match=r"the mesh belongs to the run: give parallel.data a number"):
+        ParallelConfig(dispatch="all_to_all")
 
 
 def test_ragged_dispatch_is_refused_on_cpus(make_config):

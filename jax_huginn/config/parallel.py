@@ -36,6 +36,10 @@ class ParallelConfig:
             require(size > 0 or size == -1, f"parallel.{name}={size} must be positive, or -1 for the rest")
         rest = [f"parallel.{name}" for name, size in sizes.items() if size == -1]
         require(len(rest) <= 1, f"{' and '.join(rest)} are both -1: only one can be the rest")
+        require(
+            not rest or self.dispatch != "all_to_all",
+            f"parallel.dispatch=all_to_all drops by device, so the mesh belongs to the run: give {''.join(rest)} a number",
+        )
         require_positive("parallel", self, "capacity_factor", "heartbeat_seconds")
         require(self.process_count >= 0, f"parallel.process_count={self.process_count} must not be negative")
         require(

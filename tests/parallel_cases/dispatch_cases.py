@@ -60,7 +60,7 @@ def emulated_ragged_all_to_all(operand, output, input_offsets, send_sizes, outpu
 def compiled(method: str, sizes: tuple[int, int, int], capacity_factor: float):
     """experts_TA, inputs -> (y, dropped), gradients; one compilation for every routing."""
     mesh = mesh_of(mesh_config(sizes))
-    config = ParallelConfig(dispatch=method, capacity_factor=capacity_factor)  # pyright: ignore[reportArgumentType]
+    config = ParallelConfig(data=1, dispatch=method, capacity_factor=capacity_factor)  # pyright: ignore[reportArgumentType]
 
     def local(experts_TA, x_TD, weights_TA, *weights):
         return tuple(dispatch(config, x_TD, experts_TA, weights_TA, weights))
