@@ -38,7 +38,8 @@ class ParallelConfig:
         require(len(rest) <= 1, f"{' and '.join(rest)} are both -1: only one can be the rest")
         require(
             not rest or self.dispatch != "all_to_all",
-            f"parallel.dispatch=all_to_all drops by device, so the mesh belongs to the run: give {''.join(rest)} a number",
+            f"parallel.dispatch=all_to_all drops by device, so the mesh belongs to the run: give {''.join(rest)} a "
+            "number",
         )
         require_positive("parallel", self, "capacity_factor", "heartbeat_seconds")
         require(self.process_count >= 0, f"parallel.process_count={self.process_count} must not be negative")
