@@ -117,11 +117,7 @@ CURVES = ("loss", "objective", "grad_norm", "learning_rate")
 
 
 def training_states(config: Config) -> Callable[[int], torch.Tensor]:
-    """s_0 by the rule of training: from the run's seed and the number of the micro-batch, its argument.
-
-    Compiled with the options of the step: at another level of LLVM's optimisation 4 % of the float32 draws differ in
-    their last bit, which is seen as 1e-9 in the gradients.
-    """
+    """s_0 by the rule of training: from the run's seed and the number of the micro-batch, its argument."""
     shape = (ROWS // config.train.micro_batches, LENGTH, config.model.width)
 
     @jit

@@ -25,6 +25,16 @@ def test_a_run_may_be_extended_and_logged_otherwise(make_config, tmp_path):
     assert json.loads((tmp_path / "run/config.json").read_text())["train"]["steps"] == 99
 
 
+def test_a_run_may_change_its_mesh_unless_tokens_are_dropped(make_config, tmp_path):
+    config = dataclasses.replace(make_config(parallel={"data": 8}), run_dir=str(tmp_path / "run"))
+    open_run_folder(config)
+    (tmp_path / "run/checkpoints/5").mkdir(parents=True)
+    open_run_folder(dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, data=1, fsdp=8)))
+    dropping = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, dispatch="all_to_all"))
+    with pytest.raises(ConfigError, match=r"parallel.dispatch was 'ring', now 'all_to_all'"):
+        open_run_folder(dropping)
+
+
 def test_another_config_is_refused_and_named(make_config, tmp_path):
     config = dataclasses.replace(make_config(), run_dir=str(tmp_path / "run"))
     open_run_folder(config)

@@ -11,11 +11,12 @@ ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {
     "jax_huginn/config": {"config"},
     "jax_huginn/ops": {"config", "ops"},
-    "jax_huginn/model": {"config", "ops", "model"},
+    "jax_huginn/parallel": {"config", "ops", "parallel"},
+    "jax_huginn/model": {"config", "ops", "parallel", "model"},
     "jax_huginn/data": {"config", "data"},
     "jax_huginn/data/sources": {"config", "data"},
     "jax_huginn/interop": {"config", "ops", "model", "interop"},
-    "jax_huginn/training": {"config", "ops", "model", "data", "interop", "training"},
+    "jax_huginn/training": {"config", "ops", "parallel", "model", "data", "interop", "training"},
 }
 
 

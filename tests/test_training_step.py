@@ -129,12 +129,14 @@ def test_routing_metrics_by_hand():
         counts_E=np.array([6.0, 2.0, 0.0, 0.0]),
         first_choice_E=np.array([3.0, 1.0, 0.0, 0.0]),
         probability_E=np.array([0.4, 0.3, 0.2, 0.1]),
+        dropped=np.array(2.0),
     )
     record = routing_metrics(routing)
     assert record["expert_counts"] == [6, 2, 0, 0]
     assert record["expert_utilization"] == 0.5
     assert record["expert_preference"] == [0.75, 0.25, 0, 0]
     assert record["top_expert_usage_pct"] == 75
+    assert record["dropped_token_ratio"] == 0.25  # 2 of 8 assignments
     assert record["router_collapse_warning"] is True
     assert record["low_expert_diversity_warning"] is False
     assert record["attention_spread"] == pytest.approx(0.3)

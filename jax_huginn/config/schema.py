@@ -9,20 +9,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_type_hints
 
-
-class ConfigError(ValueError):
-    """A configuration that cannot work; its text is one line naming the field, the value and the mend."""
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-def _require_positive(section: str, config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        require(value > 0, f"{section}.{name}={value} must be positive")
+from jax_huginn.config.checks import ConfigError, require, require_positive
+from jax_huginn.config.parallel import ParallelConfig
 
 
 @dataclass(frozen=True)
@@ -63,7 +51,7 @@ class ModelConfig:
     """Write out the recurrences with gradient, unless remat is full: faster, since nothing is copied into stacked
     buffers, and longer to compile."""
     loss_chunk: int = 2048
-    """Tokens whose logits exist at once in training; the (B,S,V) logits never do."""
+    """Tokens whose logits exist at once on a device in training; the (B,S,V) logits never do."""
 
     @property
     def head_dim(self) -> int:
@@ -71,7 +59,7 @@ class ModelConfig:
         return self.width // self.heads
 
     def __post_init__(self) -> None:
-        _require_positive(
+        require_positive(
             "model", self, "vocab_size", "width", "heads", "kv_heads", "mlp_width", "core_layers", "max_length",
             "norm_eps", "rope_base", "loss_chunk",
         )  # fmt: skip
@@ -119,7 +107,7 @@ class MoEConfig:
         require(self.experts >= 0, f"moe.experts={self.experts} must not be negative; 0 makes a dense model")
         if self.experts == 0:
             return
-        _require_positive("moe", self, "active", "width")
+        require_positive("moe", self, "active", "width")
         require(
             self.active <= self.experts,
             f"moe.active={self.active} is more than moe.experts={self.experts}",
@@ -147,7 +135,7 @@ class RecurrenceConfig:
     """Micro-batches over which depth and backpropagation depth ramp up linearly; 0 starts at full depth."""
 
     def __post_init__(self) -> None:
-        _require_positive("recurrence", self, "mean", "backprop_depth")
+        require_positive("recurrence", self, "mean", "backprop_depth")
         require(self.curriculum >= 0, f"recurrence.curriculum={self.curriculum} must not be negative")
 
 
@@ -169,7 +157,7 @@ class TrainConfig:
     """Ask XLA for bit-reproducible GPU kernels, at some cost in speed. A CPU's results always are."""
 
     def __post_init__(self) -> None:
-        _require_positive("train", self, "steps", "batch_size", "sequence_length", "micro_batches")
+        require_positive("train", self, "steps", "batch_size", "sequence_length", "micro_batches")
         require(0 <= self.seed < 2**32, f"train.seed={self.seed} must lie in [0, 2**32)")
         require(
             self.batch_size % self.micro_batches == 0,
@@ -215,7 +203,7 @@ class OptimizerConfig:
         return 1e-4 if self.name == "adam_atan2" else 0.1
 
     def __post_init__(self) -> None:
-        _require_positive("optimizer", self, "learning_rate", "eps", "clip_norm")
+        require_positive("optimizer", self, "learning_rate", "eps", "clip_norm")
         for name in ("b1", "b2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optimizer.{name}={value} must lie in [0, 1)")
@@ -263,7 +251,7 @@ class DataConfig:
     """Size that each process's part of that folder may reach, in GB of 10^9 bytes."""
 
     def __post_init__(self) -> None:
-        _require_positive("data", self, "streams", "shuffle_window", "prefetch", "cache_gb")
+        require_positive("data", self, "streams", "shuffle_window", "prefetch", "cache_gb")
         require(
             0 <= self.validation_fraction < 1,
             f"data.validation_fraction={self.validation_fraction} must lie in [0, 1)",
@@ -283,7 +271,7 @@ class ValidationConfig:
 
     def __post_init__(self) -> None:
         require(self.every >= 0, f"validation.every={self.every} must not be negative")
-        _require_positive("validation", self, "sequences")
+        require_positive("validation", self, "sequences")
         require(
             len(self.depths) > 0 and min(self.depths) > 0,
             f"validation.depths={self.depths} must be one or more positive recurrences",
@@ -307,7 +295,7 @@ class CheckpointConfig:
     start: once the run folder has a checkpoint of its own, the run goes on from that."""
 
     def __post_init__(self) -> None:
-        _require_positive("checkpoint", self, "every", "keep")
+        require_positive("checkpoint", self, "every", "keep")
 
 
 @dataclass(frozen=True)
@@ -324,7 +312,7 @@ class LogConfig:
     """Weights & Biases project."""
 
     def __post_init__(self) -> None:
-        _require_positive("log", self, "every")
+        require_positive("log", self, "every")
 
 
 @dataclass(frozen=True)
@@ -342,6 +330,7 @@ class Config:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         require(

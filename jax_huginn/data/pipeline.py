@@ -105,8 +105,8 @@ def build_data(
 ) -> Data:
     """Opens the data of a run; `tokenizer_dir` (RUN/tokenizer) gets its tokenizer, or already has it on resuming.
 
-    With several processes, `process` of `processes` gets the rows p, p + P, ... of every batch, training's and
-    validation's. `report` is given a line for whatever is skipped or fetched again, from other threads too.
+    With several processes, `process` of `processes` gets the rows p, p + P, ... of every training batch, and all of the
+    validation batches. `report` is given a line for whatever is skipped or fetched again, from other threads too.
 
     Raises `DataError` in one line for every path, file, row or tokenizer that cannot be used.
     """
@@ -170,7 +170,7 @@ def build_data(
     return Data(
         tokenizer=tokenizer,
         train=TrainBatches(iter(train), hub),
-        validation=[{name: rows_BS[process::processes] for name, rows_BS in batch.items()} for batch in validation],
+        validation=validation,
         token_bytes=token_bytes(tokenizer, config.model.vocab_size) if tokenizer and is_byte_level(tokenizer) else None,
     )
 

@@ -22,9 +22,10 @@ from jax_huginn.model.blocks import RMSNorm, SandwichBlock
 from jax_huginn.model.moe import MoE, Routing
 from jax_huginn.model.recurrence import Depth, iterate
 from jax_huginn.ops.attention import attention_saveable, is_named
-from jax_huginn.ops.cross_entropy import cross_entropy
+from jax_huginn.ops.cross_entropy import IGNORE, cross_entropy
 from jax_huginn.ops.norm import at_least_float32
 from jax_huginn.ops.rope import rope_table
+from jax_huginn.parallel.mesh import batch_mean, batch_sum, gathered
 
 
 def _dots_saveable(primitive: Any, *inputs: Any, **params: Any) -> bool:
@@ -141,7 +142,7 @@ class MoEHuginnModel(nnx.Module):
         rope_SK2 = self.rope(tokens_BS.shape[1])
         routing = None
         with jax.named_scope("prelude"):
-            e_BSD = self.wte[...][tokens_BS] * math.sqrt(self.config.model.width)
+            e_BSD = self._whole("wte")[tokens_BS] * math.sqrt(self.config.model.width)
             for block in self.prelude:
                 e_BSD, _ = self._remat(block)(e_BSD, rope_SK2)
         if hasattr(self, "moe"):
@@ -160,7 +161,8 @@ class MoEHuginnModel(nnx.Module):
 
         # concat[s, e] @ adapter = s @ upper half + e @ lower half, and the latter is the same in every recurrence.
         width = self.config.model.width
-        state_half_DD, e_half_DD = self.adapter[...][:width], self.adapter[...][width:]
+        adapter = self._whole("adapter")
+        state_half_DD, e_half_DD = adapter[:width], adapter[width:]
         with jax.named_scope("adapter"):
             injected_BSD = e_BSD @ e_half_DD
 
@@ -178,7 +180,7 @@ class MoEHuginnModel(nnx.Module):
                     routings.append(seen)
             return x_BSD, None if routings[0] is None else Routing.combine(routings)
 
-        params = (state_half_DD, nnx.as_pure(core_params))
+        params = (state_half_DD, gathered(nnx.as_pure(core_params)))  # once for all recurrences
         most, unroll = self.config.recurrence.backprop_depth, self.config.model.unroll
         recurrence = iterate(core, params, injected_BSD, state_BSD, n, k, most, self._checkpoint, unroll)
         with jax.named_scope("coda"):
@@ -199,7 +201,9 @@ class MoEHuginnModel(nnx.Module):
     def with_loss(self, output: HuginnOutput, y_BSD: jax.Array, labels_BS: jax.Array) -> HuginnOutput:
         """The output with `log_ppl` and `loss` filled in."""
         with jax.named_scope("head"):
-            log_ppl = jnp.asarray(cross_entropy(y_BSD, self.wte[...], labels_BS, self.config.model.loss_chunk))
+            mean = jnp.asarray(cross_entropy(y_BSD, self._whole("wte"), labels_BS, self.config.model.loss_chunk))
+            counted = jnp.sum(labels_BS != IGNORE).astype(mean.dtype)
+            log_ppl = batch_sum(mean * (counted / jnp.maximum(batch_sum(counted), 1)))
         loss = log_ppl
         if output.moe is not None:
             moe = self.config.moe
@@ -219,8 +223,11 @@ class MoEHuginnModel(nnx.Module):
     def _remat(self, module: nnx.Module):
         """The module as a function whose backward pass recomputes what `model.remat` says."""
         graphdef, params = nnx.split(module)
-        run = self._checkpoint(lambda params, *inputs: nnx.merge(graphdef, params)(*inputs))
+        run = self._checkpoint(lambda params, *inputs: nnx.merge(graphdef, gathered(params))(*inputs))
         return partial(run, nnx.as_pure(params))
+
+    def _whole(self, name: str) -> jax.Array:
+        return gathered({name: getattr(self, name)[...]})[name]
 
 
 def abstract_model(config: Config) -> tuple[nnx.GraphDef, Any]:
@@ -241,13 +248,14 @@ def cast_params(params: Any, dtype: jax.typing.DTypeLike) -> Any:
 
 def _recurrence_statistics(state_BSD: jax.Array, y_BSD: jax.Array, residual: jax.Array) -> dict[str, jax.Array]:
     state, y = (jax.lax.stop_gradient(x).astype(at_least_float32(x.dtype)) for x in (state_BSD, y_BSD))
-    norm = jnp.linalg.norm(state, axis=-1).mean()
+    norm = batch_mean(jnp.linalg.norm(state, axis=-1).mean())
+    residual = batch_mean(residual)
     return {
         "recurrent_residual": residual,
         "rel_residual": residual / norm,
         "recurrent_state_norm": norm,
-        "recurrent_state_token_corr": _token_correlation(state),
-        "last_hidden_token_corr": _token_correlation(y),
+        "recurrent_state_token_corr": batch_mean(_token_correlation(state)),
+        "last_hidden_token_corr": batch_mean(_token_correlation(y)),
     }
 
 

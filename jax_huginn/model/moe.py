@@ -13,14 +13,15 @@ from flax import nnx
 
 from jax_huginn.config.schema import Config
 from jax_huginn.model import initializers
-from jax_huginn.ops.grouped_mlp import grouped_mlp
 from jax_huginn.ops.norm import at_least_float32
+from jax_huginn.parallel.expert import dispatch
+from jax_huginn.parallel.mesh import batch_mean, batch_sum
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """What the router did with the tokens of one or, averaged, of several calls."""
+    """What the router did with the tokens, of all devices, of one or, averaged, of several calls."""
 
     counts_E: jax.Array
     """Assignments that each expert received."""
@@ -34,11 +35,13 @@ class Routing:
     """E * sum_i f_i P_i, f the share of assignments; 1 when balanced."""
     z_loss: jax.Array
     """Mean over tokens of the squared logsumexp of the logits."""
+    dropped: jax.Array
+    """Assignments that a dispatch of limited capacity dropped."""
 
     @classmethod
     def zeros(cls, experts: int, dtype: jax.typing.DTypeLike) -> Routing:
         vector, scalar = jnp.zeros(experts, dtype), jnp.zeros((), dtype)
-        return cls(vector, vector, vector, scalar, scalar, scalar)
+        return cls(vector, vector, vector, scalar, scalar, scalar, scalar)
 
     @classmethod
     def combine(cls, parts: list[Routing]) -> Routing:
@@ -53,13 +56,16 @@ class Routing:
     def averaged(self, calls: int | jax.Array) -> Routing:
         """The record of `calls` calls from the sum of theirs."""
         means = jax.tree.map(lambda leaf: leaf / calls, self)
-        return dataclasses.replace(means, counts_E=self.counts_E, first_choice_E=self.first_choice_E)
+        return dataclasses.replace(
+            means, counts_E=self.counts_E, first_choice_E=self.first_choice_E, dropped=self.dropped
+        )
 
 
 def route(x_TD: jax.Array, router_DE: jax.Array, active: int) -> tuple[jax.Array, jax.Array, Routing]:
     """The top-A experts of each token on the logits, and the softmax over those A logits.
 
-    Returns the experts (T,A) int32, best first, their weights (T,A) and the statistics, all in at least float32.
+    Returns the experts (T,A) int32, best first, their weights (T,A) and the statistics, all in at least float32. On a
+    mesh T are one device's tokens, the statistics those of all devices.
     """
     dtype = at_least_float32(x_TD.dtype)
     experts = router_DE.shape[1]
@@ -68,15 +74,16 @@ def route(x_TD: jax.Array, router_DE: jax.Array, active: int) -> tuple[jax.Array
     log_normalizer_T1 = jax.nn.logsumexp(logits_TE, axis=-1, keepdims=True)
     log_probability_TE = logits_TE - log_normalizer_T1
     probability_TE = jnp.exp(log_probability_TE)
-    counts_E = jax.nn.one_hot(experts_TA, experts, dtype=dtype).sum(axis=(0, 1))
-    probability_E = probability_TE.mean(axis=0)
+    counts_E = batch_sum(jax.nn.one_hot(experts_TA, experts, dtype=dtype).sum(axis=(0, 1)))
+    probability_E = batch_mean(probability_TE.mean(axis=0))
     routing = Routing(
         counts_E=counts_E,
-        first_choice_E=jax.nn.one_hot(experts_TA[:, 0], experts, dtype=dtype).sum(axis=0),
+        first_choice_E=batch_sum(jax.nn.one_hot(experts_TA[:, 0], experts, dtype=dtype).sum(axis=0)),
         probability_E=probability_E,
-        entropy=-(probability_TE * log_probability_TE).sum(axis=-1).mean(),
+        entropy=batch_mean(-(probability_TE * log_probability_TE).sum(axis=-1).mean()),
         balance_loss=experts * jnp.sum(counts_E / counts_E.sum() * probability_E),
-        z_loss=jnp.mean(log_normalizer_T1**2),
+        z_loss=batch_mean(jnp.mean(log_normalizer_T1**2)),
+        dropped=jnp.zeros((), dtype),
     )
     return experts_TA, jax.nn.softmax(chosen_TA, axis=-1), routing
 
@@ -104,6 +111,7 @@ class MoE(nnx.Module):
         self.shared = Expert(config, rngs)
         self.experts = Expert(config, rngs, (config.moe.experts,))
         self.active = config.moe.active
+        self.parallel = config.parallel
 
     def __call__(self, x_BSD: jax.Array) -> tuple[jax.Array, Routing]:
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
@@ -111,7 +119,7 @@ class MoE(nnx.Module):
             experts_TA, weights_TA, routing = route(x_TD, self.router[...], self.active)
         with jax.named_scope("experts"):
             weights = (self.experts.w_gate[...], self.experts.w_up[...], self.experts.w_down[...])
-            y_TD = jnp.asarray(grouped_mlp(x_TD, experts_TA, weights_TA, *weights))
+            y_TD, dropped = dispatch(self.parallel, x_TD, experts_TA, weights_TA, weights)
         with jax.named_scope("shared_expert"):
             y_TD += self.shared(x_TD)
-        return y_TD.reshape(x_BSD.shape), routing
+        return y_TD.reshape(x_BSD.shape), dataclasses.replace(routing, dropped=dropped)

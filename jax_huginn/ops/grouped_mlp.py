@@ -45,20 +45,20 @@ def grouped_mlp(
     w_gate_EDM: jax.Array,
     w_up_EDM: jax.Array,
     w_down_EMD: jax.Array,
-    total_experts: int | None = None,
+    experts_in_all: int | None = None,
 ) -> jax.Array:
     """Same result as `grouped_mlp_oracle`, shape (T,D).
 
     `experts_TA` holds different experts for each token; an entry of E or more is an expert that is not here and adds
-    nothing, as under expert parallelism, where `total_experts` says over how many the tokens spread (default: E).
+    nothing, as under expert parallelism, where `experts_in_all` says over how many the tokens spread (default: E).
     Differentiable in everything but `experts_TA`.
     """
     inputs = (x_TD, experts_TA, weights_TA, w_gate_EDM, w_up_EDM, w_down_EMD)
-    return _forward(*inputs, total_experts)[0]
+    return _forward(*inputs, experts_in_all)[0]
 
 
-def _forward(x_TD, experts_TA, weights_TA, w_gate_EDM, w_up_EDM, w_down_EMD, total_experts):
-    groups = _Groups(experts_TA, w_gate_EDM.shape[0], total_experts)
+def _forward(x_TD, experts_TA, weights_TA, w_gate_EDM, w_up_EDM, w_down_EMD, experts_in_all):
+    groups = _Groups(experts_TA, w_gate_EDM.shape[0], experts_in_all)
     weights = weights_TA.astype(x_TD.dtype)
 
     x_ECD = _rows(x_TD, groups.tokens_EC)
@@ -76,9 +76,9 @@ def _forward(x_TD, experts_TA, weights_TA, w_gate_EDM, w_up_EDM, w_down_EMD, tot
     return y_TD, (x_TD, experts_TA, weights_TA, w_gate_EDM, w_up_EDM, w_down_EMD, gate, up)
 
 
-def _backward(total_experts, kept, d_y_TD):
+def _backward(experts_in_all, kept, d_y_TD):
     x_TD, experts_TA, weights_TA, w_gate_EDM, w_up_EDM, w_down_EMD, gate, up = kept
-    groups = _Groups(experts_TA, w_gate_EDM.shape[0], total_experts)
+    groups = _Groups(experts_TA, w_gate_EDM.shape[0], experts_in_all)
     flat_weights = weights_TA.astype(x_TD.dtype).reshape(-1, 1)
 
     def backward(x, d_y, weight, gate, up, w_gate, w_up, w_down):
@@ -125,10 +125,10 @@ class _Groups:
     Of an expert's list of assignments, the first C have a slot, the others form blocks of K.
     """
 
-    def __init__(self, experts_TA: jax.Array, experts: int, total_experts: int | None):
+    def __init__(self, experts_TA: jax.Array, experts: int, experts_in_all: int | None):
         tokens, self.active = experts_TA.shape
         assigned = experts_TA.reshape(-1)
-        self.capacity = min(_round_up(CAPACITY * assigned.size / (total_experts or experts)), tokens)
+        self.capacity = min(_round_up(CAPACITY * assigned.size / (experts_in_all or experts)), tokens)
         self.block_size = min(_round_up(self.capacity / BLOCKS), tokens - self.capacity)
 
         here_NE = assigned[:, None] == jnp.arange(experts)

@@ -6,18 +6,22 @@ last two JSON. No pickle is involved.
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.sharding import Mesh
 
 import jax_huginn.model.huginn as huginn
 from jax_huginn.config.schema import CheckpointConfig, Config, from_dict, to_dict
 from jax_huginn.data.position import whole_position
+from jax_huginn.parallel.mesh import replicated, shardings
+from jax_huginn.parallel.processes import gather_text
 from jax_huginn.training.step import TrainState, init_state
 
 CHECKPOINTS = "checkpoints"
@@ -55,19 +59,19 @@ class Checkpoints:
         }
         self.manager.save(step, args=ocp.args.Composite(**items))
 
-    def restore(self, step: int, data: Any, config: Config) -> TrainState:
-        """The state after `step` steps; sets `data` to its position then."""
+    def restore(self, step: int, data: Any, config: Config, mesh: Mesh) -> TrainState:
+        """The state after `step` steps, split over this mesh whatever mesh wrote it; sets `data` to its position."""
         abstract = jax.eval_shape(lambda: init_state(config))
         items = {
-            "params": ocp.args.StandardRestore(_placed(nnx.to_pure_dict(abstract.params))),
-            "optimizer": ocp.args.StandardRestore(_placed(abstract.opt_state)),
+            "params": ocp.args.StandardRestore(nnx.to_pure_dict(_split(abstract.params, mesh))),
+            "optimizer": ocp.args.StandardRestore(_split(abstract.opt_state, mesh)),
             "data": ocp.args.JsonRestore(),
         }
         restored = self.manager.restore(step, args=ocp.args.Composite(**items))
         data.set_state(restored["data"])
         params = abstract.params
         nnx.replace_by_pure_dict(params, restored["params"])
-        return TrainState(nnx.as_pure(params), restored["optimizer"], jnp.asarray(step, jnp.int32))
+        return TrainState(nnx.as_pure(params), restored["optimizer"], replicated(np.int32(step), mesh))
 
     def close(self) -> None:
         """Block until the last save is on disk."""
@@ -76,8 +80,8 @@ class Checkpoints:
 
 
 def gather_position(part: dict[str, Any]) -> dict[str, Any]:
-    """The whole position in the data from this process's part; one process holds all of it."""
-    return whole_position([part])
+    """The whole position in the data from every process's part."""
+    return whole_position([json.loads(text) for text in gather_text(json.dumps(part))])
 
 
 def find_step(run_or_step: str | os.PathLike) -> Path:
@@ -123,6 +127,13 @@ def _restore_item(step: Path, item: str, args: Any) -> Any:
     """One of the items of a step folder."""
     with ocp.CheckpointManager(step.parent.resolve()) as manager:
         return manager.restore(int(step.name), args=ocp.args.Composite(**{item: args}))[item]
+
+
+def _split(tree: Any, mesh: Mesh) -> Any:
+    """The abstract arrays, to be restored as each device's part of them."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree, shardings(tree, mesh)
+    )
 
 
 def _placed(tree: Any) -> Any:

@@ -10,8 +10,9 @@ class Clock:
     """Speed of the steps between two readings; validation and saving are paused out, and so is the first step,
     which compiles."""
 
-    def __init__(self, config: Config, device_kind: str):
-        self.config, self.peak = config, peak_flops(device_kind)
+    def __init__(self, config: Config, device_kind: str, devices: int = 1):
+        peak = peak_flops(device_kind)
+        self.config, self.peak = config, peak and peak * devices
         self.tokens = config.train.batch_size * config.train.sequence_length
         self.last: float | None = None
         self.steps, self.seconds, self.flops = 0, 0.0, 0.0

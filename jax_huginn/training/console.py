@@ -9,17 +9,17 @@ from jax_huginn.config.schema import Config
 
 
 class Console:
-    """A live line on a terminal, a line per logged step elsewhere."""
+    """A live line on a terminal, a line per logged step elsewhere, and nothing where `silent`."""
 
-    def __init__(self, steps: int):
-        self.steps = steps
+    def __init__(self, steps: int, silent: bool = False):
+        self.steps, self.silent = steps, silent
         self.live = sys.stdout.isatty()
         self.unfinished = False
         self.speed = ""  # the last one that was measured; most records have none
 
     def progress(self, record: dict[str, Any], seconds_per_step: float, logged: bool) -> None:
         """Show a step; off a terminal only the logged ones."""
-        if not (self.live or logged):
+        if self.silent or not (self.live or logged):
             return
         step = record["step"]
         left = timedelta(seconds=round(max(self.steps - step, 0) * seconds_per_step))
@@ -35,6 +35,8 @@ class Console:
 
     def say(self, text: str = "") -> None:
         """A line that stays."""
+        if self.silent:
+            return
         print(("\n" if self.unfinished else "") + text, flush=True)
         self.unfinished = False
 

@@ -1,26 +1,32 @@
-"""The training loop: restore, step, log, validate, save."""
+"""The training loop: restore, step, log, validate, save. With several processes each runs it, and the first writes."""
 
 import dataclasses
 import os
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from jax_huginn.config.schema import Config
+from jax_huginn.config.schema import Config, to_dict
 from jax_huginn.data.pipeline import build_data
+from jax_huginn.parallel import processes
+from jax_huginn.parallel.mesh import describe as describe_mesh
+from jax_huginn.parallel.mesh import make_mesh
 from jax_huginn.training.checkpoint import Checkpoints
 from jax_huginn.training.clock import Clock
 from jax_huginn.training.console import Console, describe, next_commands
 from jax_huginn.training.depth import sample_depths
 from jax_huginn.training.metrics import routing_metrics
-from jax_huginn.training.run_folder import open_run_folder
-from jax_huginn.training.step import StepMetrics, init_state, make_train_step
+from jax_huginn.training.run_folder import flatten, open_run_folder
+from jax_huginn.training.step import StepMetrics, make_state, make_train_step
 from jax_huginn.training.stopping import StopSignal
 from jax_huginn.training.validation import make_validation
 from jax_huginn.training.weights import adopt_tokenizer, open_start
 from jax_huginn.training.writers import make_writers
+
+DEPTHS_COMPARED = 128  # steps whose depths the processes compare at once
 
 
 def train(config: Config) -> None:
@@ -29,40 +35,55 @@ def train(config: Config) -> None:
     Raises:
         ConfigError, DataError, CheckpointError: a user's mistake, in one line.
     """
-    console = Console(config.train.steps)
     if config.train.deterministic:  # read when XLA's backend starts, which is later
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
+    with processes.session(config.parallel):
+        _train(config)
+
+
+def _train(config: Config) -> None:
+    console = Console(config.train.steps, silent=not processes.is_first())
+    processes.require_same("the config", processes.shared_fields(flatten(to_dict(config))))
+    mesh = make_mesh(config)
 
     # ---------------------------------------------------------------- run folder, data, checkpoints
-    initial = open_start(config)  # before the folder is made: a start that cannot be leaves none behind
-    run_dir = open_run_folder(config)
+    # Before the folder is made: a start that cannot be leaves none behind.
+    initial = processes.first_then_others(lambda: open_start(config))
+    processes.on_first(lambda: open_run_folder(config))
+    run_dir = Path(config.run_dir)
     checkpoints = Checkpoints(run_dir, config.checkpoint)
     start = checkpoints.latest_step() or 0
+    processes.require_same(f"the run folder {run_dir}", {"the newest checkpoint": start})
     if start >= config.train.steps:
         console.say(
             f"{run_dir} is finished: it is at step {start} of {config.train.steps}; raise --train.steps to go on"
         )
         return
-    if initial and (warning := adopt_tokenizer(initial, config, run_dir)):
+    if initial and processes.is_first() and (warning := adopt_tokenizer(initial, config, run_dir)):
         console.say(warning)
-    data = build_data(config, run_dir / "tokenizer", report=console.say)
+    # The first makes the tokenizer and says what it skips.
+    report = console.say if processes.is_first() else lambda _: None
+    place = {"process": jax.process_index(), "processes": jax.process_count()}
+    data = processes.first_then_others(lambda: build_data(config, run_dir / "tokenizer", report=report, **place))
 
     # ---------------------------------------------------------------- state
     if start:
-        state = checkpoints.restore(start, data.train, config)
+        state = checkpoints.restore(start, data.train, config, mesh)
         console.say(f"resuming {run_dir} from step {start}")
     else:
-        state = jax.jit(lambda: init_state(config))()
+        state = make_state(config, mesh)
         if initial:
             state = dataclasses.replace(state, params=initial.load(state.params))
             console.say(f"weights of {config.checkpoint.init_from}, fresh optimiser")
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     device = jax.devices()[0]
     console.say(f"{parameters / 1e6:.2f} M parameters on {device.device_kind}, run folder {run_dir}")
-    train_step = jax.jit(make_train_step(config), donate_argnums=0)
-    validate = make_validation(config, data.validation, data.token_bytes) if data.validation else None
-    writers = make_writers(config, run_dir, start)
-    clock = Clock(config, device.device_kind)
+    console.say(describe_mesh(mesh))
+    train_step = jax.jit(make_train_step(config, mesh), donate_argnums=0)
+    validate = make_validation(config, data.validation, data.token_bytes, mesh) if data.validation else None
+    writers = make_writers(config, run_dir, start) if processes.is_first() else []
+    clock = Clock(config, device.device_kind, mesh.size)
+    batches, vote = processes.GlobalBatches(mesh), processes.StopVote(mesh)
 
     def fetch(
         step: int, metrics: StepMetrics, depths: tuple[np.ndarray, np.ndarray], skipped: dict[str, int]
@@ -89,11 +110,13 @@ def train(config: Config) -> None:
         console.progress(record, clock.seconds_per_step, is_logged(record["step"]))
 
     # ---------------------------------------------------------------- steps
-    pending = None
+    pending, stopped_by = None, None
     with StopSignal() as stop, closing(data.train), closing(checkpoints):
         for step in range(start, config.train.steps):
-            batch = next(data.train)
-            depths = sample_depths(config.recurrence, config.train.seed, step, config.train.micro_batches)
+            if (step - start) % DEPTHS_COMPARED == 0:
+                _compare_depths(config, step)
+            batch = batches.place(next(data.train))
+            depths = _depths(config, step)
             state, metrics = train_step(state, batch["tokens"], batch["labels"], *depths)
             # The metrics of the step before: fetching this step's would leave the device idle until the next dispatch.
             if pending:
@@ -101,7 +124,8 @@ def train(config: Config) -> None:
             pending = (step + 1, metrics, depths, data.train.skipped)
 
             done = step + 1
-            stopping = stop.received is not None  # read once: a signal may come between two looks
+            stopped_by = vote.agree(stop.received)  # read once: a signal may come between two looks
+            stopping = stopped_by is not None
             last = done == config.train.steps
             saving = last or stopping or _is_due(done, config.checkpoint.every)
             validating = not stopping and (last or _is_due(done, config.validation.every))
@@ -122,10 +146,27 @@ def train(config: Config) -> None:
     for writer in writers:
         writer.close()
     if int(state.step) < config.train.steps:
-        console.say(f"stopped by {stop.received}: saved step {int(state.step)}; the same command goes on from there")
+        console.say(f"stopped by {stopped_by}: saved step {int(state.step)}; the same command goes on from there")
         return
     console.say(f"finished {config.train.steps} steps in {run_dir}")
     console.say("\n".join(["next:", *(f"  {command}" for command in next_commands(run_dir, config))]))
+
+
+def _compare_depths(config: Config, step: int) -> None:
+    """Before they run, the depths of the next steps on all processes: other ones would make a collective wait for ever.
+
+    They differ where the processes' NumPy draws differently from the same seed.
+    """
+    if jax.process_count() > 1:
+        depths = {
+            f"(n, k) of step {index + 1}": [each.tolist() for each in _depths(config, index)]
+            for index in range(step, min(step + DEPTHS_COMPARED, config.train.steps))
+        }
+        processes.require_same("the depths", depths)
+
+
+def _depths(config: Config, step: int) -> tuple[np.ndarray, np.ndarray]:
+    return sample_depths(config.recurrence, config.train.seed, step, config.train.micro_batches)
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -36,7 +36,7 @@ def routing_metrics(routing: Routing) -> dict[str, Any]:
         "top_expert_usage_pct": float(100 * share_E.max()),
         "router_collapse_warning": bool(share_E.max() > COLLAPSE_SHARE),
         "low_expert_diversity_warning": bool(utilization < LOW_UTILIZATION),
-        "dropped_token_ratio": 0.0,  # the dispatch is dropless
+        "dropped_token_ratio": float(routing.dropped) / max(counts_E.sum(), 1),
     }
     for index, (share, importance) in enumerate(zip(share_E, probability_E, strict=True)):
         record[f"expert_{index}_token_ratio"] = float(share)

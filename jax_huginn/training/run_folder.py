@@ -8,7 +8,7 @@ from typing import Any
 from jax_huginn.config.schema import Config, ConfigError, from_dict, to_dict
 
 # Fields that may differ between the sessions of one run: they change how long it is, what is logged and how it is
-# executed, but not what is computed from which data.
+# executed, but not what is computed from which data. Of `parallel` see `_changes`.
 MAY_DIFFER = {
     "run_dir",
     "train.steps",
@@ -21,6 +21,10 @@ MAY_DIFFER = {
     "data.bad_rows",  # a run that has stopped at a bad row has passed none: it goes on exactly by skipping
     "data.cache_dir",
     "data.cache_gb",
+    "parallel.coordinator",
+    "parallel.process_count",
+    "parallel.process_id",
+    "parallel.heartbeat_seconds",
     *(f"{section}." for section in ("validation", "checkpoint", "log")),
 }
 
@@ -81,14 +85,19 @@ def _clear(folder: Path) -> None:
 
 
 def _changes(old: Config, new: Config) -> list[str]:
-    """The fields that one run may not change, each with both values."""
+    """The fields that one run may not change, each with both values.
+
+    A mesh only spreads the work, unless tokens are dropped: what is dropped depends on all of `parallel`.
+    """
+    drops = "all_to_all" in (old.parallel.dispatch, new.parallel.dispatch)
+    may_differ = MAY_DIFFER if drops else MAY_DIFFER | {"parallel."}
     old_fields, new_fields = flatten(to_dict(old)), flatten(to_dict(new))
     return [
         f"{name} was {old_fields[name]!r}, now {new_fields[name]!r}"
         for name in old_fields
         if old_fields[name] != new_fields[name]
-        and name not in MAY_DIFFER
-        and name.split(".")[0] + "." not in MAY_DIFFER
+        and name not in may_differ
+        and name.split(".")[0] + "." not in may_differ
     ]
 
 

@@ -2,33 +2,47 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
 from jax_huginn.config.schema import Config
 from jax_huginn.model import initializers
 from jax_huginn.model.huginn import abstract_model, cast_params
 from jax_huginn.ops.cross_entropy import IGNORE
+from jax_huginn.parallel.mesh import BATCH, REPLICATED, from_every_host, per_device, replicated, specs
 
 
 def make_validation(
-    config: Config, batches: list[dict[str, np.ndarray]], token_bytes_V: np.ndarray | None
+    config: Config, batches: list[dict[str, np.ndarray]], token_bytes_V: np.ndarray | None, mesh: Mesh
 ) -> Callable[[Any], dict[str, float]]:
     """`validate(params) -> record` with `val_loss_r{r}`, nats per token at each of `validation.depths`, and
-    `val_bpb_r{r}`, bits per byte, where the tokens' byte lengths are known. One compilation serves all depths."""
+    `val_bpb_r{r}`, bits per byte, where the tokens' byte lengths are known. One compilation serves all depths.
+
+    Every process has the whole `batches`, of which every device computes its part.
+    """
     graphdef, _ = abstract_model(config)
     length, width = config.train.sequence_length, config.model.width
-    state_SD = jnp.asarray(initializers.fixed_state(0, length, width))
+    state_SD = replicated(initializers.fixed_state(0, length, width), mesh)
+    place = partial(from_every_host, sharding=NamedSharding(mesh, BATCH))
+
+    def local_loss(
+        params: Any, tokens_BS: jax.Array, labels_BS: jax.Array, recurrences: jax.Array, state_SD: jax.Array
+    ):
+        model = nnx.merge(graphdef, params)
+        output, y_BSD = model.hidden(tokens_BS, recurrences, 0, state_SD)
+        return model.with_loss(output, y_BSD, labels_BS).log_ppl
 
     @jax.jit
     def mean_loss(params: Any, tokens_BS: jax.Array, labels_BS: jax.Array, recurrences: jax.Array, state_SD: jax.Array):
-        model = nnx.merge(graphdef, cast_params(params, config.model.dtype))
-        output, y_BSD = model.hidden(tokens_BS, recurrences, 0, state_SD)
-        return model.with_loss(output, y_BSD, labels_BS).log_ppl
+        params = cast_params(params, config.model.dtype)
+        in_specs = (specs(params), BATCH, BATCH, REPLICATED, REPLICATED)
+        loss = per_device(local_loss, mesh, in_specs, REPLICATED)
+        return loss(params, tokens_BS, labels_BS, recurrences, state_SD)
 
     def validate(params: Any) -> dict[str, float]:
         record = {}
@@ -37,7 +51,7 @@ def make_validation(
             for batch in batches:
                 labels = batch["labels"]
                 counted = labels[labels != IGNORE]
-                loss = mean_loss(params, batch["tokens"], labels, np.int32(depth), state_SD)
+                loss = mean_loss(params, place(batch["tokens"]), place(labels), np.int32(depth), state_SD)
                 nats += float(loss) * counted.size
                 tokens += counted.size
                 count_bytes += 0 if token_bytes_V is None else int(token_bytes_V[counted].sum())

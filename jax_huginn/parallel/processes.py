@@ -1,0 +1,244 @@
+"""Several processes that train one model: how they find each other, agree, share a batch, and end together.
+
+Every process runs the same program on its own devices. What they must agree on (config, depths, when to stop) is
+compared or voted on by small exchanges that cannot themselves differ, so that a disagreement is an error in one line
+rather than a collective that waits for ever.
+"""
+
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+
+from jax_huginn.config.checks import ConfigError
+from jax_huginn.config.parallel import ParallelConfig
+from jax_huginn.parallel.mesh import BATCH, REPLICATED, from_every_host
+
+T = TypeVar("T")
+_VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+_OWN_FIELDS = {"coordinator", "process_id", "process_count"}
+
+
+class ProcessError(ValueError):
+    """Another process failed, or the connection to it; one line."""
+
+
+# ---- Start and end --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def session(config: ParallelConfig) -> Iterator[None]:
+    """Connect the run's processes, and end them together: one that fails says why and goes at once, without waiting
+    for the others at JAX's shutdown barrier; those notice within `parallel.heartbeat_seconds` and go, too."""
+    initialize(config)
+    try:
+        yield
+    except BaseException as error:
+        if jax.process_count() == 1:
+            raise
+        who = f"process {jax.process_index()} of {jax.process_count()}"
+        if isinstance(error, jax.errors.JaxRuntimeError) and not isinstance(error.__cause__, ConfigError):
+            reason = str(error).strip().splitlines()[0][:300]
+            print(f"error: {who}: another process ended or the network failed ({reason}); the same command goes on "
+                  "from the last checkpoint", file=sys.stderr)  # fmt: skip
+        elif isinstance(error, ValueError) and type(error) is not ValueError:
+            print(f"error: {who}: {error}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2)
+
+
+def initialize(config: ParallelConfig) -> None:
+    """`jax.distributed.initialize`, if there are several processes: by the flags, else by what SLURM, Open MPI or
+    Kubernetes say.
+
+    Raises:
+        ConfigError: the others cannot be reached.
+    """
+    arguments = by_flags(config) if config.process_count else by_launcher(config, os.environ)
+    if arguments is None or jax.distributed.is_initialized():
+        return
+    try:
+        jax.distributed.initialize(
+            **arguments,
+            heartbeat_timeout_seconds=config.heartbeat_seconds,
+            initialization_timeout=120,
+            shutdown_timeout_seconds=60,
+        )
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0][:300]
+        raise ConfigError(f"the processes of the run cannot be connected: {reason}") from None
+
+
+def by_flags(config: ParallelConfig) -> dict[str, Any] | None:
+    """The arguments of `jax.distributed.initialize` from `parallel.process_count` and its neighbours."""
+    if config.process_count == 1:
+        return None
+    return {
+        "coordinator_address": config.coordinator,
+        "num_processes": config.process_count,
+        "process_id": config.process_id,
+        "cluster_detection_method": "deactivate",
+    }
+
+
+def by_launcher(config: ParallelConfig, environment: os._Environ | dict[str, str]) -> dict[str, Any] | None:
+    """The arguments of `jax.distributed.initialize` under a launcher of several processes; None without one.
+
+    JAX finds the address; which devices a process takes is decided here. One process on a host takes all; of several
+    each takes the one of its local number, unless the launcher already shows it a single one.
+    """
+    if "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
+        method, local = "slurm", environment.get("SLURM_LOCALID", "0")
+        on_host = environment.get("SLURM_STEP_TASKS_PER_NODE", environment.get("SLURM_TASKS_PER_NODE", "1"))
+        count, process_id = int(environment["SLURM_NTASKS"]), int(environment["SLURM_PROCID"])
+        alone = {part.split("(")[0] for part in on_host.split(",")} == {"1"}
+    elif int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+        method, local = "ompi", environment["OMPI_COMM_WORLD_LOCAL_RANK"]
+        count, process_id = int(environment["OMPI_COMM_WORLD_SIZE"]), int(environment["OMPI_COMM_WORLD_RANK"])
+        alone = environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+        if not config.coordinator and "OMPI_MCA_orte_hnp_uri" not in environment:  # Open MPI 5
+            raise ConfigError("this Open MPI does not tell its host's address: give --parallel.coordinator HOST:PORT")
+    elif "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
+        try:
+            import kubernetes  # noqa: F401  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            raise ConfigError(
+                "an indexed Kubernetes job needs the package kubernetes to find its other pods, or the flags "
+                "--parallel.coordinator, process_count and process_id; --parallel.process_count 1 for a job of one"
+            ) from None
+        return {"cluster_detection_method": "k8s", "local_device_ids": []}
+    else:
+        return None
+    single = any(len(environment[name].split(",")) == 1 for name in _VISIBLE if environment.get(name))
+    devices = [] if alone or single else [int(local)]  # an empty list: all that are visible
+    if config.coordinator:
+        known = {"coordinator_address": config.coordinator, "num_processes": count, "process_id": process_id}
+        return {**known, "local_device_ids": devices, "cluster_detection_method": "deactivate"}
+    return {"cluster_detection_method": method, "local_device_ids": devices}
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and logs."""
+    return jax.process_index() == 0
+
+
+# ---- Agreement ------------------------------------------------------------------------------------------------------
+
+
+def first_then_others(function: Callable[[], T]) -> T:
+    """`function` on process 0, and once that is done on the others; a user's mistake on one ends all of them."""
+    result = None
+    for first in (True, False):
+        problem = ""
+        if is_first() == first:
+            try:
+                result = function()
+            except ValueError as error:
+                if type(error) is ValueError or jax.process_count() == 1:
+                    raise
+                problem = str(error)
+        problems = [text for text in gather_text(problem) if text]
+        if problems:
+            raise ProcessError(problems[0])
+    return result  # pyright: ignore[reportReturnType]
+
+
+def on_first(function: Callable[[], Any]) -> None:
+    """`function` on process 0 alone; the others wait for it, and share its failure."""
+    first_then_others(lambda: function() if is_first() else None)
+
+
+def gather_text(text: str) -> list[str]:
+    """The texts of all processes, in their order."""
+    if jax.process_count() == 1:
+        return [text]
+    data = np.frombuffer(text.encode(), np.uint8)
+    lengths = np.asarray(multihost_utils.process_allgather(np.array([data.size]))).ravel()
+    padded = np.zeros(lengths.max(), np.uint8)
+    padded[: data.size] = data
+    rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(lengths), -1)
+    return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
+
+
+def require_same(what: str, values: dict[str, Any]) -> None:
+    """Raise on every process where one has other values than process 0.
+
+    Raises:
+        ConfigError: the first name that differs, with both values.
+    """
+    texts = gather_text(json.dumps(values, sort_keys=True))
+    for process, text in enumerate(texts):
+        if text == texts[0]:
+            continue
+        ours, theirs = json.loads(texts[0]), json.loads(text)
+        name = next(name for name in ours | theirs if ours.get(name) != theirs.get(name))
+        raise ConfigError(
+            f"{what} must be the same on every process: {name} is {ours.get(name)!r} on process 0, "
+            f"{theirs.get(name)!r} on process {process}"
+        )
+
+
+def shared_fields(flat_config: dict[str, Any]) -> dict[str, Any]:
+    """A config with dotted names without what tells the processes apart."""
+    return {name: value for name, value in flat_config.items() if name.removeprefix("parallel.") not in _OWN_FIELDS}
+
+
+class StopVote:
+    """Agreement of all processes on the step after which they stop.
+
+    With several processes a vote is an all-reduce of one integer a device, dispatched like a step and read one call
+    later, when it has long been done: no step waits for it, and every process reads the same vote at the same step.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self.sharding = NamedSharding(mesh, BATCH)
+        self.local = np.zeros(mesh.size, np.int32)
+        self.highest = jax.jit(lambda votes: votes.max(), out_shardings=NamedSharding(mesh, REPLICATED))
+        self.cast: jax.Array | None = None
+
+    def agree(self, received: str | None) -> str | None:
+        """The signal that ends the run after this step, if any process had received one by the call before."""
+        if jax.process_count() == 1:
+            return received
+        self.local[:] = signal.Signals[received].value if received else 0
+        previous, self.cast = self.cast, self.highest(from_every_host(self.local.copy(), self.sharding))
+        number = 0 if previous is None else int(previous)
+        return signal.Signals(number).name if number else None
+
+
+# ---- Batches --------------------------------------------------------------------------------------------------------
+
+
+class GlobalBatches:
+    """From the rows of each process to a batch over all devices, in the order of the rows, however many processes."""
+
+    def __init__(self, mesh: Mesh):
+        processes = jax.process_count()
+        self.sharding = NamedSharding(mesh, BATCH)
+
+        def in_order(rows_BS: jax.Array) -> jax.Array:
+            """Row i of process p, which lies at p * B / P + i, is row i * P + p of the batch."""
+            return rows_BS.reshape(processes, -1, rows_BS.shape[1]).swapaxes(0, 1).reshape(rows_BS.shape)
+
+        self.in_order = jax.jit(in_order, out_shardings=self.sharding)
+
+    def place(self, local: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """The global arrays of a batch of which this process has the rows p, p + P, p + 2 P, ..."""
+        return {name: self._place(rows_BS) for name, rows_BS in local.items()}
+
+    def _place(self, rows_BS: np.ndarray) -> jax.Array:
+        # Devices of a process are neighbours in the mesh (`make_mesh`), so its rows fill one piece of the batch.
+        placed = jax.make_array_from_process_local_data(self.sharding, rows_BS)
+        return placed if jax.process_count() == 1 else self.in_order(placed)
