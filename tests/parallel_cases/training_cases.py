@@ -210,14 +210,16 @@ def test_the_compiled_step_never_holds_a_whole_state():
 @pytest.mark.parametrize(("source", "target"), [((2, 2, 2), ONE), ((8, 1, 1), (2, 2, 2)), (ONE, (1, 8, 1))], ids=str)
 def test_a_checkpoint_of_one_mesh_restores_on_another(source, target, tmp_path):
     run = trained_on(source, "float64")
-    position = SimpleNamespace(get_state=lambda: {"row": 40}, set_state=lambda state: seen.append(state))
+    whole = {"order": {}, "rows": 40, "streams": [[1] * 6], "skipped": [[0] * 4]}
+    part = whole | {"process": [0, 1]}
+    position = SimpleNamespace(get_state=lambda: part, set_state=lambda state: seen.append(state))
     checkpoints, seen = Checkpoints(tmp_path, CheckpointConfig()), []
     checkpoints.save(run.state, position, run.config)
     config = mesh_config(target)
     mesh = mesh_of(config)
     state = checkpoints.restore(STEPS, position, config, mesh)
     checkpoints.close()
-    assert seen == [{"row": 40}]
+    assert seen == [whole]
     where = jax.tree.leaves(shardings(state, mesh))
     for (path, a), b, sharding in zip(
         jax.tree_util.tree_leaves_with_path(run.state), jax.tree.leaves(state), where, strict=True
