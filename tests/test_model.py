@@ -56,7 +56,7 @@ def test_one_compilation_serves_every_sampled_depth(make_config, moe):
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", "attention", "full"])
 def test_rematerialisation_changes_memory_but_not_gradients(make_config, remat):
     def loss(remat):
         config = make_config(model={"remat": remat, "dtype": "float64", "param_dtype": "float64"})

@@ -1,5 +1,7 @@
 """The fast paths equal their oracles, in values and gradients, to design tolerances."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +10,9 @@ import pytest
 from jax_huginn.ops.attention import causal_attention, causal_attention_oracle, resolve
 from jax_huginn.ops.cross_entropy import IGNORE, cross_entropy, cross_entropy_oracle
 from jax_huginn.ops.grouped_mlp import grouped_mlp, grouped_mlp_oracle
-from jax_huginn.ops.norm import rms_norm
+from jax_huginn.ops.norm import rms_norm, rms_norm_oracle
 from jax_huginn.ops.rope import apply_rope, rope_table
+from jax_huginn.ops.swiglu import swiglu, swiglu_oracle
 
 VALUES = {"float64": 1e-12, "float32": 2e-6}
 GRADIENTS = {"float64": 1e-11, "float32": 1e-5}
@@ -57,6 +60,36 @@ def test_grouped_mlp_equals_every_expert_on_every_token(kind, dtype):
     assert np.linalg.norm(oracle_values) > 1
     assert_close(values, oracle_values, VALUES[dtype])
     assert_close(gradients, oracle_gradients, GRADIENTS[dtype])
+
+
+def test_experts_gradients_have_the_types_of_what_they_belong_to():
+    """As in training: bfloat16 tokens and experts, float32 weights of the router."""
+    rng = np.random.default_rng(7)
+    chosen = routed("skewed", 64, 4, 2, rng)
+    x, *matrices = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in [(64, 8), *[(4, 8, 8)] * 3])
+    weights = jnp.asarray(rng.random((64, 2)), jnp.float32)
+    loss = lambda *inputs: grouped_mlp(inputs[0], chosen, *inputs[1:]).astype(jnp.float32).sum()  # noqa: E731
+    gradients = jax.jit(jax.grad(loss, argnums=range(5)))(x, weights, *matrices)
+    assert [gradient.dtype for gradient in gradients] == [jnp.bfloat16, jnp.float32, *[jnp.bfloat16] * 3]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("fast", "oracle", "shapes"),
+    [
+        (lambda x, w: rms_norm(x, w, 1e-6), lambda x, w: rms_norm_oracle(x, w, 1e-6), [(2, 5, 16), (16,)]),
+        (swiglu, swiglu_oracle, [(2, 5, 16)]),
+    ],
+    ids=["rms_norm", "swiglu"],
+)
+def test_gradients_written_by_hand_equal_autodiff(fast, oracle, shapes, dtype):
+    rng = np.random.default_rng(8)
+    inputs = [rng.normal(size=shape).astype(dtype) for shape in shapes]
+    values, vjp = jax.vjp(fast, *inputs)
+    oracle_values, oracle_vjp = jax.vjp(oracle, *inputs)
+    d_values = rng.normal(size=values.shape).astype(dtype)
+    assert_close(values, oracle_values, VALUES[dtype])
+    assert_close(vjp(d_values), oracle_vjp(d_values), GRADIENTS[dtype])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -113,6 +146,13 @@ def test_attention_sees_no_later_position():
 def test_auto_attention_keeps_float64():
     assert resolve("auto", np.float64) == "einsum"
     assert resolve("auto", np.float32) == "einsum"  # the CPU's choice, too
+
+
+def test_auto_attention_is_a_deterministic_kernel_where_one_is_asked_for(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")])
+    assert resolve("auto", jnp.bfloat16) == "cudnn"
+    assert resolve("auto", jnp.bfloat16, deterministic=True) == "xla"
 
 
 def test_rope_turns_interleaved_pairs_by_position_times_frequency():

@@ -154,7 +154,8 @@ class TrainConfig:
     seed: int = 0
     """Seed of the weights, the depths, the initial states and the order of the data."""
     deterministic: bool = False
-    """Ask XLA for bit-reproducible GPU kernels, at some cost in speed. A CPU's results always are."""
+    """Bit-reproducible kernels on a GPU: XLA's, and its attention in place of cuDNN's, which takes (B,H,S,S) scores of
+    memory. A CPU's results always are reproducible."""
 
     def __post_init__(self) -> None:
         require_positive("train", self, "steps", "batch_size", "sequence_length", "micro_batches")
@@ -336,6 +337,10 @@ class Config:
         require(
             self.train.sequence_length <= self.model.max_length,
             f"train.sequence_length={self.train.sequence_length} is more than model.max_length={self.model.max_length}",
+        )
+        require(
+            not (self.train.deterministic and self.model.attention == "cudnn"),
+            "train.deterministic=true needs another kernel than model.attention=cudnn: use auto or xla",
         )
 
 

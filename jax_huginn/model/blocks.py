@@ -41,11 +41,11 @@ class Attention(nnx.Module):
         shape = (heads * head_dim, model.width)
         self.w_out = nnx.Param(initializers.output_projection(config)(rngs.params(), shape, dtype))
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-        self.implementation = model.attention
+        self.implementation, self.deterministic = model.attention, config.train.deterministic
 
     def __call__(self, x_BSD: jax.Array, rope_SK2: jax.Array) -> jax.Array:
         q, k, v = self.project(x_BSD, rope_SK2)
-        y_BSHK = causal_attention(q, k, v, self.implementation)
+        y_BSHK = causal_attention(q, k, v, self.implementation, self.deterministic)
         return y_BSHK.reshape(*x_BSD.shape[:2], -1) @ self.w_out[...]
 
     def project(self, x_BSD: jax.Array, rope_SK2: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -30,13 +30,13 @@ def causal_attention_oracle(q_BSHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Ar
 
 
 def causal_attention(
-    q_BSHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, implementation: str = "auto"
+    q_BSHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array, implementation: str = "auto", deterministic: bool = False
 ) -> jax.Array:
     """softmax(q k^T / sqrt(K)) v under a causal mask, shape (B,S,H,K).
 
     `implementation`: "xla", "cudnn" (NVIDIA, 16-bit types), "einsum" (the oracle), or "auto", see `resolve`.
     """
-    implementation = resolve(implementation, q_BSHK.dtype)
+    implementation = resolve(implementation, q_BSHK.dtype, deterministic)
     if implementation == "einsum":
         y_BSHK = causal_attention_oracle(q_BSHK, k_BSHK, v_BSHK)
     else:
@@ -56,11 +56,14 @@ def is_named(name: str, primitive: jax.extend.core.Primitive, params: dict[str, 
     return primitive.name == "name" and params["name"] == name
 
 
-def resolve(implementation: str, dtype: jax.typing.DTypeLike) -> str:
-    """The kernel that "auto" means for this type on the default device; other names are returned as they are."""
+def resolve(implementation: str, dtype: jax.typing.DTypeLike, deterministic: bool = False) -> str:
+    """The kernel that "auto" means for this type on the default device; other names are returned as they are.
+
+    cuDNN's backward pass is not reproducible, and XLA does not compile it under its flag for deterministic kernels.
+    """
     if implementation != "auto":
         return implementation
     if jnp.dtype(dtype) == jnp.float64 or jax.default_backend() == "cpu":
         return "einsum"  # on a CPU the library's kernel is slower (docs/decisions.md)
     nvidia = jax.default_backend() == "gpu" and "NVIDIA" in jax.devices()[0].device_kind
-    return "cudnn" if nvidia and jnp.dtype(dtype).itemsize == 2 else "xla"
+    return "cudnn" if nvidia and jnp.dtype(dtype).itemsize == 2 and not deterministic else "xla"
