@@ -9,6 +9,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_type_hints
 
+from jax_huginn.config.durations import seconds_of
+
 
 class ConfigError(ValueError):
     """A configuration that cannot work; its text is one line naming the field, the value and the mend."""
@@ -166,9 +168,11 @@ class TrainConfig:
     """Seed of the weights, the depths, the initial states and the order of the data."""
     deterministic: bool = False
     """Ask XLA for bit-reproducible GPU kernels, at some cost in speed. A CPU's results always are."""
+    max_skipped: int = 10
+    """Updates skipped in a row, for a loss or a gradient that is not finite, at which the run stops."""
 
     def __post_init__(self) -> None:
-        _require_positive("train", self, "steps", "batch_size", "sequence_length", "micro_batches")
+        _require_positive("train", self, "steps", "batch_size", "sequence_length", "micro_batches", "max_skipped")
         require(0 <= self.seed < 2**32, f"train.seed={self.seed} must lie in [0, 2**32)")
         require(
             self.batch_size % self.micro_batches == 0,
@@ -286,6 +290,8 @@ class CheckpointConfig:
     """Steps between checkpoints; one is always written at the last step."""
     keep: int = 3
     """Newest checkpoints that are kept."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this many steps are kept for good, beside the newest; 0: none."""
     resume: bool = True
     """Go on from the newest checkpoint of the run folder."""
     overwrite: bool = False
@@ -293,9 +299,25 @@ class CheckpointConfig:
     init_from: str = ""
     """Start from the weights of a run or step folder, a .pth or a Hugging Face folder: fresh optimiser, step 0. Only a
     start: once the run folder has a checkpoint of its own, the run goes on from that."""
+    save_before_timeout: str = ""
+    """Save and stop this long before the job's end: 5m, 300 (seconds) or 1h30m. SLURM tells the end (its variable
+    SLURM_JOB_END_TIME); elsewhere give time_limit."""
+    time_limit: str = ""
+    """Length of the job, counted from the start of the command, for example 24h; of two ends the earlier one counts."""
 
     def __post_init__(self) -> None:
         _require_positive("checkpoint", self, "every", "keep")
+        require(self.keep_every >= 0, f"checkpoint.keep_every={self.keep_every} must not be negative")
+        for name in ("save_before_timeout", "time_limit"):
+            text = getattr(self, name)
+            require(
+                not text or seconds_of(text) is not None,
+                f"checkpoint.{name}={text} is not a length of time: write 300, 300s, 5m or 1h30m",
+            )
+        require(
+            not self.time_limit or bool(self.save_before_timeout),
+            f"checkpoint.time_limit={self.time_limit} needs checkpoint.save_before_timeout, for example 5m",
+        )
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import Any
 
 import jax
@@ -10,33 +10,35 @@ import numpy as np
 
 from jax_huginn.config.schema import Config
 from jax_huginn.data.pipeline import build_data
-from jax_huginn.training.checkpoint import Checkpoints
+from jax_huginn.training.checkpoint import CheckpointError, Checkpoints
 from jax_huginn.training.clock import Clock
 from jax_huginn.training.console import Console, describe, next_commands
 from jax_huginn.training.depth import sample_depths
 from jax_huginn.training.metrics import routing_metrics
 from jax_huginn.training.run_folder import open_run_folder
 from jax_huginn.training.step import StepMetrics, init_state, make_train_step
-from jax_huginn.training.stopping import StopSignal
+from jax_huginn.training.stopping import Stop, deadline_of
 from jax_huginn.training.validation import make_validation
+from jax_huginn.training.watch import Watch, require_finite
 from jax_huginn.training.weights import adopt_tokenizer, open_start
 from jax_huginn.training.writers import make_writers
 
 
 def train(config: Config) -> None:
-    """Train until `train.steps`, going on from the run folder's newest checkpoint if it has one.
+    """Train until `train.steps`, going on from the run folder's newest good checkpoint if it has one.
 
     Raises:
-        ConfigError, DataError, CheckpointError: a user's mistake, in one line.
+        ConfigError, DataError, CheckpointError, BadNumbersError: what a person has to mend, in one line.
     """
     console = Console(config.train.steps)
+    deadline = deadline_of(config.checkpoint)
     if config.train.deterministic:  # read when XLA's backend starts, which is later
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
 
     # ---------------------------------------------------------------- run folder, data, checkpoints
     initial = open_start(config)  # before the folder is made: a start that cannot be leaves none behind
     run_dir = open_run_folder(config)
-    checkpoints = Checkpoints(run_dir, config.checkpoint)
+    checkpoints = Checkpoints(run_dir, config.checkpoint, console.say)
     start = checkpoints.latest_step() or 0
     if start >= config.train.steps:
         console.say(
@@ -49,7 +51,8 @@ def train(config: Config) -> None:
 
     # ---------------------------------------------------------------- state
     if start:
-        state = checkpoints.restore(start, data.train, config)
+        state = checkpoints.restore(data.train, config)
+        start = int(state.step)
         console.say(f"resuming {run_dir} from step {start}")
     else:
         state = jax.jit(lambda: init_state(config))()
@@ -61,7 +64,8 @@ def train(config: Config) -> None:
     console.say(f"{parameters / 1e6:.2f} M parameters on {device.device_kind}, run folder {run_dir}")
     train_step = jax.jit(make_train_step(config), donate_argnums=0)
     validate = make_validation(config, data.validation, data.token_bytes) if data.validation else None
-    writers = make_writers(config, run_dir, start)
+    writers = make_writers(config, run_dir, start, console.say)
+    watch = Watch(config, console.say, getattr(data, "locate", None))
     clock = Clock(config, device.device_kind)
 
     def fetch(step: int, metrics: StepMetrics, depths: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
@@ -70,9 +74,12 @@ def train(config: Config) -> None:
         n, k = (float(depth.mean()) for depth in depths)
         record: dict[str, Any] = {"step": step, "loss": float(host.loss), "objective": float(host.objective)}
         record |= {"n": n, "k": k, "grad_norm": float(host.grad_norm), "learning_rate": float(host.learning_rate)}
+        record |= {"param_norm": float(host.param_norm), "skipped_updates": int(host.skipped)}
+        if not (host.finite_N.all() and np.isfinite(host.grad_norm)):
+            record["non_finite"] = np.flatnonzero(~host.finite_N).tolist()  # the micro-batches
         clock.tick(n, k)
         if is_logged(step):
-            record |= {"param_norm": float(host.param_norm), **clock.read()}
+            record |= clock.read()
             record |= {name: float(value) for name, value in host.recurrence.items()}
             record |= {} if host.moe is None else routing_metrics(host.moe)
         return record
@@ -84,10 +91,13 @@ def train(config: Config) -> None:
         for writer in writers:
             writer.write(record)
         console.progress(record, clock.seconds_per_step, is_logged(record["step"]))
+        watch.see(record, checkpoints.latest_step)
 
     # ---------------------------------------------------------------- steps
     pending = None
-    with StopSignal() as stop, closing(data.train), closing(checkpoints):
+    with Stop(deadline) as stop, ExitStack() as closed:
+        for each in (*writers, checkpoints, data.train):
+            closed.enter_context(closing(each))
         for step in range(start, config.train.steps):
             batch = next(data.train)
             depths = sample_depths(config.recurrence, config.train.seed, step, config.train.micro_batches)
@@ -98,28 +108,33 @@ def train(config: Config) -> None:
             pending = (step + 1, metrics, depths)
 
             done = step + 1
-            stopping = stop.received is not None  # read once: a signal may come between two looks
+            stopping = stop.requested()  # asked once: a signal may come between two looks
             last = done == config.train.steps
             saving = last or stopping or _is_due(done, config.checkpoint.every)
             validating = not stopping and (last or _is_due(done, config.validation.every))
             if saving or validating:
                 record, pending = fetch(*pending), None
                 clock.pause()
-                if saving:
-                    checkpoints.save(state, data.train, config)
                 losses = validate(state.params) if validate and validating else {}
-                clock.resume()
                 send(record | losses)
                 if losses:
                     console.say(f"step {done}  held out: {describe(losses)}")
+                if saving:  # last, so that a checkpoint never lacks the records before it
+                    require_finite(record, checkpoints.latest_step)
+                    for writer in writers:
+                        writer.flush()
+                    checkpoints.save(state, data.train, config)
+                clock.resume()
             if stopping:
                 break
 
     # ---------------------------------------------------------------- end
-    for writer in writers:
-        writer.close()
-    if int(state.step) < config.train.steps:
-        console.say(f"stopped by {stop.received}: saved step {int(state.step)}; the same command goes on from there")
+    done, saved = int(state.step), checkpoints.latest_step()
+    if saved != done:
+        again = "from its beginning" if saved is None else f"from step {saved}"
+        raise CheckpointError(f"step {done} is not saved: mend what hinders it, and the same command goes on {again}")
+    if done < config.train.steps:
+        console.say(f"{stop.reason}: saved step {done}; the same command goes on from there")
         return
     console.say(f"finished {config.train.steps} steps in {run_dir}")
     console.say("\n".join(["next:", *(f"  {command}" for command in next_commands(run_dir, config))]))

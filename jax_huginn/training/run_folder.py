@@ -13,6 +13,7 @@ MAY_DIFFER = {
     "run_dir",
     "train.steps",
     "train.deterministic",
+    "train.max_skipped",
     "model.attention",
     "model.remat",
     "model.unroll",

@@ -29,13 +29,15 @@ class TrainState:
     """Master weights in `model.param_dtype`."""
     opt_state: Any
     step: jax.Array
-    """Optimiser steps done, int32."""
+    """Optimiser steps done, int32; those whose update was skipped count too, since data and depths went on."""
+    skipped: jax.Array
+    """Steps whose update was skipped, int32."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepMetrics:
-    """Scalars of one step, averaged over its micro-batches."""
+    """Scalars of one step, averaged over its micro-batches (N)."""
 
     loss: jax.Array
     """log_ppl, nats per token."""
@@ -45,6 +47,10 @@ class StepMetrics:
     """Global norm before clipping."""
     param_norm: jax.Array
     learning_rate: jax.Array
+    finite_N: jax.Array
+    """Whether a micro-batch had a finite loss and a finite gradient, bool."""
+    skipped: jax.Array
+    """Updates skipped so far, this one included."""
     moe: Routing | None
     recurrence: dict[str, jax.Array]
 
@@ -56,7 +62,7 @@ def init_params(config: Config) -> Any:
 def init_state(config: Config) -> TrainState:
     """Step 0: fresh weights from `train.seed` and an empty optimiser. Traceable, so `jax.eval_shape` works too."""
     params = init_params(config)
-    return TrainState(params, make_optimizer(config).init(params), jnp.zeros((), jnp.int32))
+    return TrainState(params, make_optimizer(config).init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
 def make_train_step(config: Config) -> Callable[..., tuple[TrainState, StepMetrics]]:
@@ -65,6 +71,9 @@ def make_train_step(config: Config) -> Callable[..., tuple[TrainState, StepMetri
     The batch is the whole step's; it is cut into `train.micro_batches` parts in order, each with its own depth
     (`sample_depths`) and its own s_0, drawn from (seed, micro-batch number) at the micro-batch's global shape.
     Gradients are taken with respect to the weights in `model.dtype`. The losses of micro-batches are averaged.
+
+    Where a loss or a gradient is not finite, the update is skipped: weights and optimiser, its schedule's count
+    included, stay as they were bit for bit.
     """
     graphdef, _ = abstract_model(config)
     optimizer, schedule = make_optimizer(config), make_schedule(config)
@@ -89,27 +98,39 @@ def make_train_step(config: Config) -> Callable[..., tuple[TrainState, StepMetri
 
         def micro_step(total, inputs):
             (_, output), grads = gradient(params, *inputs)
-            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, grads), output
+            total = jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, grads)
+            return total, (output, optax.global_norm(grads))
 
         if micro_batches == 1:  # no second set of gradients in memory
             (_, output), grads = gradient(params, *jax.tree.map(lambda x: x[0], inputs))
-            outputs = jax.tree.map(lambda x: x[None], output)
+            outputs, norm_N = jax.tree.map(lambda x: x[None], (output, optax.global_norm(grads)))
         else:
-            grads, outputs = lax.scan(micro_step, jax.tree.map(jnp.zeros_like, state.params), inputs)
+            grads, (outputs, norm_N) = lax.scan(micro_step, jax.tree.map(jnp.zeros_like, state.params), inputs)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype) / micro_batches, grads, state.params)
+        grad_norm = optax.global_norm(grads)
+        finite_N = jnp.isfinite(outputs.loss) & jnp.isfinite(norm_N)  # a norm is finite where all its elements are
+        good = finite_N.all() & jnp.isfinite(grad_norm)
 
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             new_params = optax.apply_updates(state.params, updates)
+            # A choice per element fuses into the update, which reads the old value anyway: no time, no second state.
+            # `lax.cond` would stand between the update and the donated buffers.
+            new_params, opt_state = jax.tree.map(
+                lambda new, old: jnp.where(good, new, old), (new_params, opt_state), (state.params, state.opt_state)
+            )
+        skipped = state.skipped + jnp.where(good, 0, 1).astype(jnp.int32)
         metrics = StepMetrics(
             loss=outputs.log_ppl.mean(),
             objective=outputs.loss.mean(),
-            grad_norm=optax.global_norm(grads),
+            grad_norm=grad_norm,
             param_norm=optax.global_norm(new_params),
-            learning_rate=schedule(state.step),
+            learning_rate=schedule(state.step - state.skipped),
+            finite_N=finite_N,
+            skipped=skipped,
             moe=None if outputs.moe is None else Routing.total(outputs.moe, micro_batches),
             recurrence=jax.tree.map(lambda x: x.mean(axis=0), outputs.recurrence),
         )
-        return TrainState(new_params, opt_state, state.step + 1), metrics
+        return TrainState(new_params, opt_state, state.step + 1, skipped), metrics
 
     return step
