@@ -114,7 +114,8 @@ def kill_often(victim: Run, kills: int, steps: int, moments: random.Random) -> C
         before, began = victim.last_step(), time.monotonic()
         victim.start()
         if moments.random() < STARTING:
-            victim.wait_for(lambda at=began + moments.uniform(0, seconds_to_start): time.monotonic() > at)
+            at = began + moments.uniform(0, seconds_to_start)
+            victim.wait_for(lambda at=at, seen=before: time.monotonic() > at or victim.last_step() > seen)
         else:
             # Resuming cuts the records back to the restored step: a later one is this life's.
             target = before + moments.randint(1, max(1, int(1.4 * steps / kills)))
