@@ -4,9 +4,9 @@
     python scripts/chaos.py --kills 3 --steps 30   # a quick look
     python scripts/chaos.py --data.source hub ...  # any other option of train_jax.py goes to both runs
 
-The kills are SIGKILL, at moments drawn from --seed: while the run starts, within a step, within a save. Compared are the
-final parameters, the checksums of parameters and optimiser and the data's position in every checkpoint that both runs
-still have, and every record of the loss curve (all but its times). Ends with status 1 where anything differs. Where a
+The kills are SIGKILL, at moments drawn from --seed: while the run starts, within a step, within a save. Compared are
+the final parameters, in every checkpoint that both runs still have the checksums of parameters and optimiser and the
+position of the data, and every record of the loss curve but its times. Ends with status 1 where anything differs. Where a
 kill lands depends on the machine's speed too: a seed repeats the plan, not the microsecond.
 """
 
@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import random
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -28,9 +29,9 @@ sys.path.insert(0, str(ROOT))
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 TIMES = {"tokens_per_second", "tflops_per_second", "mfu"}
-SMALL = """--model.width 32 --model.mlp_width 48 --model.vocab_size 512 --moe.width 16 --train.batch_size 4
+SMALL = shlex.split("""--model.width 32 --model.mlp_width 48 --model.vocab_size 512 --moe.width 16 --train.batch_size 4
     --train.micro_batches 2 --train.sequence_length 64 --optimizer.warmup_steps 4 --optimizer.cooldown_steps 0
-    --checkpoint.every 5 --validation.every 20 --validation.sequences 2 --log.every 5""".split()
+    --checkpoint.every 8 --validation.every 24 --validation.sequences 2 --log.every 5""")
 STARTING, SAVING = 0.15, 0.5
 """Share of the kills before the first step of a life, and share of the others that wait for a save."""
 PATIENCE = 300  # seconds that a life may take
@@ -39,7 +40,7 @@ PATIENCE = 300  # seconds that a life may take
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=25)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     parser.add_argument("--config", default=str(ROOT / "configs/moe.py"))
     parser.add_argument("--out", type=Path, help="folder to create for both runs; a temporary one if not given")
@@ -118,15 +119,16 @@ def kill_often(victim: Run, kills: int, steps: int, moments: random.Random) -> C
             victim.wait_for(lambda at=at, seen=before: time.monotonic() > at or victim.last_step() > seen)
         else:
             # Resuming cuts the records back to the restored step: a later one is this life's.
-            target = before + moments.randint(1, max(1, int(1.4 * steps / kills)))
-            if not victim.wait_for(lambda goal=min(target, steps - 1): victim.last_step() >= goal):
+            target = min(before + moments.randint(1, max(1, int(1.4 * steps / kills))), steps - 1)
+            if not victim.wait_for(lambda goal=target: victim.last_step() >= goal):
                 break
             seconds_to_start = max(seconds_to_start, time.monotonic() - began)
             if moments.random() < SAVING:
                 victim.wait_for(victim.is_saving)
                 time.sleep(moments.uniform(0, 0.15))
             else:
-                time.sleep(moments.uniform(0, 0.05))
+                victim.wait_for(lambda: not victim.is_saving())
+                time.sleep(moments.uniform(0, 0.02))
         if victim.process.poll() is not None:
             break  # it was faster
         victim.kill()

@@ -88,8 +88,8 @@ def test_a_run_skips_counts_stops_after_a_streak_and_goes_on(make_config, poison
     config = dataclasses.replace(
         config,
         run_dir=str(tmp_path / "run"),
-        data=dataclasses.replace(config.data, source="text", path=str(tmp_path / "corpus"), validation_fraction=0, streams=1,
-                                 shuffle_window=1),
+        data=dataclasses.replace(config.data, source="text", path=str(tmp_path / "corpus"), validation_fraction=0,
+                                 streams=1, shuffle_window=1),
         checkpoint=dataclasses.replace(config.checkpoint, every=4),
         log=dataclasses.replace(config.log, tensorboard=False),
     )  # fmt: skip
@@ -131,7 +131,7 @@ def read(folder: Path) -> list[dict]:
 def test_parameters_that_are_not_finite_are_not_saved():
     require_finite({"step": 3, "param_norm": 2.0}, lambda: 2)
     for norm in (math.nan, math.inf):
-        with pytest.raises(BadNumbersError, match="step 3: the parameters are not finite.* checkpoint is step 2"):
+        with pytest.raises(BadNumbersError, match=r"step 3: the parameters are not finite.* checkpoint is step 2"):
             require_finite({"step": 3, "param_norm": norm}, lambda: 2)
 
 

@@ -209,7 +209,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(run):
     for step in (4, 8, 12):
         flip(largest(folder / f"checkpoints/{step}"))
     for _ in range(2):  # and says so again the next time
-        with pytest.raises(CheckpointError, match="every checkpoint in .* is damaged"):
+        with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged"):
             Checkpoints(folder, config.checkpoint)
     assert len(list((folder / "checkpoints").glob("*.damaged"))) == 3
 
@@ -249,7 +249,9 @@ def test_what_a_kill_leaves_behind_is_no_checkpoint(run):
 # ---- Keeping --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("keep", "every", "left"), [(2, 0, [50, 60]), (1, 20, [20, 40, 60]), (9, 0, [10, 20, 30, 40, 50, 60])])
+@pytest.mark.parametrize(
+    ("keep", "every", "left"), [(2, 0, [50, 60]), (1, 20, [20, 40, 60]), (9, 0, [10, 20, 30, 40, 50, 60])]
+)
 def test_the_newest_are_kept_and_every_so_many(tmp_path, keep, every, left):
     for step in range(10, 70, 10):
         (tmp_path / str(step)).mkdir()

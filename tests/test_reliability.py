@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -11,10 +12,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SMALL = """--model.width 16 --model.heads 2 --model.kv_heads 2 --model.mlp_width 24 --model.vocab_size 300
+SMALL = shlex.split("""--model.width 16 --model.heads 2 --model.kv_heads 2 --model.mlp_width 24 --model.vocab_size 300
     --moe.experts 0 --train.batch_size 2 --train.sequence_length 32 --recurrence.mean 2 --recurrence.backprop_depth 1
     --model.prelude_layers 0 --model.coda_layers 0 --optimizer.warmup_steps 2 --optimizer.cooldown_steps 0
-    --validation.sequences 2 --validation.depths 1 --validation.every 0 --log.every 5""".split()
+    --validation.sequences 2 --validation.depths 1 --validation.every 0 --log.every 5""")
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,9 @@ def test_a_last_save_that_fails_ends_in_one_line_and_the_same_command_mends_it(s
     process = start(*options)
     printed, errors = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert errors == "error: step 20 is not saved: mend what hinders it, and the same command goes on from its beginning\n"
+    assert (
+        errors == "error: step 20 is not saved: mend what hinders it, and the same command goes on from its beginning\n"
+    )
     assert printed.count("error: checkpoint 10 was not written") == printed.count("error: checkpoint 20 was not") == 1
     (blocked / ".unfinished").unlink()
     process = start(*options)

@@ -25,7 +25,7 @@ def test_lengths_of_time(text, seconds):
     assert seconds_of(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "m", "5x", "-5m", "1m5h", "1.5h", " 5m", "5 m", "٣m", "5m\n"])  # noqa: RUF001
+@pytest.mark.parametrize("text", ["", "m", "5x", "-5m", "1m5h", "1.5h", " 5m", "5 m", "٣m", "5m\n"])
 def test_what_is_no_length_of_time_is_one_line(text):
     assert seconds_of(text) is None
     if text:
@@ -61,7 +61,7 @@ def test_a_deadline_that_cannot_be_is_one_line(options, environment, words):
 
 
 def test_a_time_limit_alone_is_refused():
-    with pytest.raises(ConfigError, match="time_limit=24h needs checkpoint.save_before_timeout"):
+    with pytest.raises(ConfigError, match=r"time_limit=24h needs checkpoint.save_before_timeout"):
         CheckpointConfig(time_limit="24h")
 
 
@@ -101,7 +101,12 @@ with Stop() as stop:
 
 
 def test_ctrl_c_before_the_first_step_is_no_traceback(tmp_path):
-    program = "from jax_huginn.config.cli import run_verb\nimport time\nprint('on', flush=True)\nrun_verb(lambda: time.sleep(60))"
+    program = """
+import time
+from jax_huginn.config.cli import run_verb
+print("on", flush=True)
+run_verb(lambda: time.sleep(60))
+"""
     process = subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
     )

@@ -7,12 +7,13 @@ the field and the value, before anything is compiled. The text under a field is 
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from jax_huginn.config.durations import seconds_of
+from jax_huginn.config.errors import OneLineError
 
 
-class ConfigError(ValueError):
+class ConfigError(OneLineError):
     """A configuration that cannot work; its text is one line naming the field, the value and the mend."""
 
 
@@ -375,10 +376,27 @@ def from_dict(values: dict[str, Any], cls: type = Config, where: str = "") -> An
         hint = hints[name]
         if dataclasses.is_dataclass(hint):
             value = from_dict(value, hint, f"{where}{name}.")  # pyright: ignore[reportArgumentType]
-        elif isinstance(value, list):
-            value = tuple(value)
+        else:
+            value = tuple(value) if isinstance(value, list) else value
+            require(_is_of(value, hint), f"{where}{name}={value!r:.200} is not of the type {_name_of(hint)}")
         arguments[name] = value
     try:
         return cls(**arguments)
     except TypeError as error:
         raise ConfigError(f"{where or 'config '}cannot be read: {error}") from None
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a plain value may stand in a field of this type; an int may in a float's place."""
+    choices = get_args(hint)
+    if not choices:
+        return type(value) is hint or (hint is float and type(value) is int)
+    if isinstance(choices[0], str):  # Literal
+        return isinstance(value, str) and value in choices
+    if choices[-1] is Ellipsis:  # tuple[int, ...]
+        return type(value) is tuple and all(_is_of(each, choices[0]) for each in value)
+    return any(_is_of(value, choice) for choice in choices)  # float | None
+
+
+def _name_of(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")

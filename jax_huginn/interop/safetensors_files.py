@@ -40,10 +40,10 @@ def read_tensors(path: Path) -> dict[str, LazyArray]:
     Raises:
         WeightsError: no such file, or not a whole file of this format.
     """
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such file")
-    size = path.stat().st_size
     try:
+        if not path.is_file():
+            raise FileNotFoundError(0, "no such file")
+        size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if length > min(_HEADER_LIMIT, size - 8):

@@ -22,6 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from jax_huginn.config.errors import OneLineError
+
 CHECKPOINTS = "checkpoints"
 CHECKSUMS = "checksums.json"
 UNFINISHED = ".unfinished"
@@ -30,7 +32,7 @@ ArraySums = dict[str, dict[str, str]]
 """item ("params", "optimizer") -> name of an array -> checksum of its values, in hexadecimal digits"""
 
 
-class CheckpointError(ValueError):
+class CheckpointError(OneLineError):
     """A checkpoint that is missing, damaged or cannot be written; its text is one line."""
 
 

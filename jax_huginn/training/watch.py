@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from jax_huginn.config.errors import OneLineError
 from jax_huginn.config.schema import Config
 from jax_huginn.training.metrics import COLLAPSE_SHARE
 
@@ -18,7 +19,7 @@ SPIKE_SIGMAS, SPIKE_RATIO = 6.0, 1.1
 by a few per cent, which the first bound learns; the second keeps a very steady loss from warning about nothing."""
 
 
-class BadNumbersError(ValueError):
+class BadNumbersError(OneLineError):
     """Numbers that training cannot go on from; its text is one line."""
 
 
