@@ -6,8 +6,8 @@
 
 The kills are SIGKILL, at moments drawn from --seed: while the run starts, within a step, within a save. Compared are
 the final parameters, in every checkpoint that both runs still have the checksums of parameters and optimiser and the
-position of the data, and every record of the loss curve but its times. Ends with status 1 where anything differs. Where a
-kill lands depends on the machine's speed too: a seed repeats the plan, not the microsecond.
+position of the data, and every record of the loss curve but its times. Ends with status 1 where anything differs. Where
+a kill lands depends on the machine's speed too: a seed repeats the plan, not the microsecond.
 """
 
 from __future__ import annotations

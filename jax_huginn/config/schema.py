@@ -79,6 +79,8 @@ class ModelConfig:
         )  # fmt: skip
         require(self.prelude_layers >= 0, f"model.prelude_layers={self.prelude_layers} must not be negative")
         require(self.coda_layers >= 0, f"model.coda_layers={self.coda_layers} must not be negative")
+        layers = self.prelude_layers + self.core_layers + self.coda_layers
+        require(layers <= 256, f"model.prelude_layers + core_layers + coda_layers = {layers} is more than 256")
         require(
             self.width % self.heads == 0,
             f"model.width={self.width} must be divisible by model.heads={self.heads}",
