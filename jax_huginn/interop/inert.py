@@ -163,7 +163,7 @@ class TorchArchive:
                     filled += count
             if filled < numbers.nbytes:
                 raise EOFError("a storage is too short")
-        except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
+        except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError) as error:  # whatever zipfile meets
             raise WeightsError(f"{self.zip.filename}: broken ({error})") from None
         return numbers
 
