@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import types
 from pathlib import Path
 
 import jax
@@ -104,11 +105,18 @@ def test_a_run_skips_counts_stops_after_a_streak_and_goes_on(make_config, poison
 
         return step
 
+    def traced(*arguments):
+        data = loop_build_data(*arguments)
+        return types.SimpleNamespace(**vars(data), locate=lambda position, row: f"place {position['rows'] + row}")
+
+    loop_build_data = loop.build_data
+    monkeypatch.setattr(loop, "build_data", traced)
     monkeypatch.setattr(loop, "make_train_step", poisoned)
     with pytest.raises(BadNumbersError) as stopped:
         train(config)
     (line,) = str(stopped.value).splitlines()
     assert line.startswith("step 8: micro-batch 0 has a loss or a gradient that is not finite (rows 28 to 29 of the")
+    assert "training sequence: place 28; place 29);" in line  # the hook gets the position before the batch
     assert "3 updates in a row" in line and "the last good checkpoint is step 4" in line
     printed = capsys.readouterr().out
     assert printed.count("warning: ") == 2  # a line an episode

@@ -117,7 +117,7 @@ def test_a_run_stops_before_the_job_s_end_and_tells_no_secret(start, tmp_path):
     printed, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert end - 61 < time.time() < end - 30
-    assert "stopped 1m before the job's end: saved step" in printed
+    assert "stopped by the job's end in 1m: saved step" in printed
     files = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
     assert len(files) > 20
     for text in (printed, errors, *(file.read_bytes().decode("latin-1") for file in files)):

@@ -4,13 +4,17 @@ import jax
 import numpy as np
 
 
-def agree(flag: bool) -> bool:
-    """Whether any process has its flag set. A collective: every process calls it at the same place."""
+def agree(reason: str | None) -> str | None:
+    """The process's reason to stop, or another one's; None where no process has one.
+
+    A collective: every process calls it at the same place.
+    """
     if jax.process_count() == 1:
-        return flag
+        return reason
     from jax.experimental import multihost_utils
 
-    return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
+    asked = bool(multihost_utils.process_allgather(np.asarray(reason is not None)).any())
+    return (reason or "another process") if asked else None
 
 
 def of_first_process(value: int) -> int:

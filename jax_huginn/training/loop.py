@@ -15,6 +15,7 @@ from jax_huginn.training.clock import Clock
 from jax_huginn.training.console import Console, describe, next_commands
 from jax_huginn.training.depth import sample_depths
 from jax_huginn.training.metrics import routing_metrics
+from jax_huginn.training.positions import Positions
 from jax_huginn.training.run_folder import open_run_folder
 from jax_huginn.training.step import StepMetrics, init_state, make_train_step
 from jax_huginn.training.stopping import Stop, deadline_of
@@ -65,7 +66,8 @@ def train(config: Config) -> None:
     train_step = jax.jit(make_train_step(config), donate_argnums=0)
     validate = make_validation(config, data.validation, data.token_bytes) if data.validation else None
     writers = make_writers(config, run_dir, start, console.say)
-    watch = Watch(config, console.say, getattr(data, "locate", None))
+    positions = Positions(data)
+    watch = Watch(config, console.say, positions.locate if hasattr(data, "locate") else None)
     clock = Clock(config, device.device_kind)
 
     def fetch(step: int, metrics: StepMetrics, depths: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
@@ -94,11 +96,12 @@ def train(config: Config) -> None:
         watch.see(record, checkpoints.latest_step)
 
     # ---------------------------------------------------------------- steps
-    pending = None
+    pending, stopped_by = None, None
     with Stop(deadline) as stop, ExitStack() as closed:
         for each in (*writers, checkpoints, data.train):
             closed.enter_context(closing(each))
         for step in range(start, config.train.steps):
+            positions.remember(step + 1)
             batch = next(data.train)
             depths = sample_depths(config.recurrence, config.train.seed, step, config.train.micro_batches)
             state, metrics = train_step(state, batch["tokens"], batch["labels"], *depths)
@@ -108,7 +111,8 @@ def train(config: Config) -> None:
             pending = (step + 1, metrics, depths)
 
             done = step + 1
-            stopping = stop.requested()  # asked once: a signal may come between two looks
+            stopped_by = stop.requested()  # asked once: a signal may come between two looks
+            stopping = stopped_by is not None
             last = done == config.train.steps
             saving = last or stopping or _is_due(done, config.checkpoint.every)
             validating = not stopping and (last or _is_due(done, config.validation.every))
@@ -134,7 +138,7 @@ def train(config: Config) -> None:
         again = "from its beginning" if saved is None else f"from step {saved}"
         raise CheckpointError(f"step {done} is not saved: mend what hinders it, and the same command goes on {again}")
     if done < config.train.steps:
-        console.say(f"{stop.reason}: saved step {done}; the same command goes on from there")
+        console.say(f"stopped by {stopped_by}: saved step {done}; the same command goes on from there")
         return
     console.say(f"finished {config.train.steps} steps in {run_dir}")
     console.say("\n".join(["next:", *(f"  {command}" for command in next_commands(run_dir, config))]))

@@ -23,8 +23,8 @@ class Stop:
     step, which may take minutes.
     """
 
-    def __init__(self, deadline: Deadline | None = None):
-        self.deadline = deadline
+    def __init__(self, deadline: Deadline | None = None, agree: Callable[[str | None], str | None] = agree):
+        self.deadline, self.agree = deadline, agree
         self.received: str | None = None
 
     def __enter__(self) -> Stop:
@@ -36,17 +36,13 @@ class Stop:
         for each in self.previous:
             signal.signal(each, signal.SIG_DFL)
 
-    def requested(self) -> bool:
-        """Whether to stop after this step. The one place where processes agree on it: each asks once a step."""
-        return agree(self.received is not None or (self.deadline is not None and self.deadline.reached()))
-
-    @property
-    def reason(self) -> str:
+    def requested(self) -> str | None:
+        """Why to stop after this step, if at all. The one place where processes agree on it: each asks once a step."""
         if self.received:
-            return f"stopped by {self.received}"
+            return self.agree(self.received)
         if self.deadline and self.deadline.reached():
-            return f"stopped {self.deadline.lead} before the job's end"
-        return "stopped with the other processes"
+            return self.agree(f"the job's end in {self.deadline.lead}")
+        return self.agree(None)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.previous.items():

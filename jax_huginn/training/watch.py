@@ -19,6 +19,9 @@ SPIKE_SIGMAS, SPIKE_RATIO = 6.0, 1.1
 by a few per cent, which the first bound learns; the second keeps a very steady loss from warning about nothing."""
 
 
+NAMED = 4  # rows of a bad micro-batch whose place is told
+
+
 class BadNumbersError(OneLineError):
     """Numbers that training cannot go on from; its text is one line."""
 
@@ -26,10 +29,10 @@ class BadNumbersError(OneLineError):
 class Watch:
     """Looks at every record once, in order. A warning comes when its episode begins, not at every step of it."""
 
-    def __init__(self, config: Config, say: Callable[[str], None], locate: Callable[[int], str] | None = None):
+    def __init__(self, config: Config, say: Callable[[str], None], locate: Callable[[int, int], str] | None = None):
         """
         Args:
-            locate: tells the file and the row of a row of the training sequence, counted from 0.
+            locate: (step, row of its batch) -> the file and the place in it.
         """
         self.config, self.say, self.locate = config, say, locate
         self.streak = 0
@@ -73,7 +76,10 @@ class Watch:
         first = (record["step"] - 1) * train.batch_size + bad[0] * size
         rows = f"rows {first} to {first + size - 1} of the training sequence"
         if self.locate:
-            rows += f", from {self.locate(first)} on"
+            rows += (
+                f": {'; '.join(self.locate(record['step'], bad[0] * size + row) for row in range(min(size, NAMED)))}"
+            )
+            rows += "; ..." if size > NAMED else ""
         several = f"micro-batches {', '.join(map(str, bad))} have" if len(bad) > 1 else f"micro-batch {bad[0]} has"
         return f"{several} a loss or a gradient that is not finite ({rows})"
 
