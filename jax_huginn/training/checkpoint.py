@@ -7,6 +7,7 @@ JSON). No pickle is involved. `step_folders` says how a step comes into being an
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import sys
@@ -51,6 +52,8 @@ class Checkpoints:
         # Orbax takes a relative path and fails late.
         self.folder, self.config, self.say = (run_dir / CHECKPOINTS).resolve(), config, say
         self.shown = run_dir / CHECKPOINTS
+        # Orbax logs a traceback for every failure, of which `_failed` makes a line.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._writer = _new_writer()
         self._commit: threading.Thread | None = None
         if jax.process_index() == 0:
