@@ -132,7 +132,8 @@ def kill_often(victim: Run, kills: int, steps: int, moments: random.Random) -> C
         if victim.process.poll() is not None:
             break  # it was faster
         victim.kill()
-        phase = "in a save" if victim.is_saving() else "in a step" if victim.last_step() > before else "starting"
+        # What a kill within a save left behind is cleared by the next life as it starts.
+        phase = "starting" if victim.last_step() <= before else "in a save" if victim.is_saving() else "in a step"
         phases[phase] += 1
         print(f"kill {sum(phases.values())}: {phase}, step {victim.last_step()}", flush=True)
     if victim.process.poll() == 0 and victim.last_step() == steps:
