@@ -32,7 +32,7 @@ TIMES = {"tokens_per_second", "tflops_per_second", "mfu"}
 SMALL = shlex.split("""--model.width 32 --model.mlp_width 48 --model.vocab_size 512 --moe.width 16 --train.batch_size 4
     --train.micro_batches 2 --train.sequence_length 64 --optimizer.warmup_steps 4 --optimizer.cooldown_steps 0
     --checkpoint.every 8 --validation.every 24 --validation.sequences 2 --log.every 5""")
-STARTING, SAVING = 0.15, 0.5
+STARTING, SAVING = 0.2, 0.5
 """Share of the kills before the first step of a life, and share of the others that wait for a save."""
 PATIENCE = 300  # seconds that a life may take
 
@@ -110,7 +110,7 @@ class Run:
 def kill_often(victim: Run, kills: int, steps: int, moments: random.Random) -> Counter:
     """Train to the end in spite of `kills` kills; how many hit which phase."""
     phases = Counter({"starting": 0, "in a step": 0, "in a save": 0})
-    seconds_to_start = 5.0
+    seconds_to_start = 6.0
     while sum(phases.values()) < kills:
         before, began = victim.last_step(), time.monotonic()
         victim.start()
@@ -122,7 +122,7 @@ def kill_often(victim: Run, kills: int, steps: int, moments: random.Random) -> C
             target = min(before + moments.randint(1, max(1, int(1.4 * steps / kills))), steps - 1)
             if not victim.wait_for(lambda goal=target: victim.last_step() >= goal):
                 break
-            seconds_to_start = max(seconds_to_start, time.monotonic() - began)
+            seconds_to_start = 0.8 * (time.monotonic() - began)
             if moments.random() < SAVING:
                 victim.wait_for(victim.is_saving)
                 time.sleep(moments.uniform(0, 0.15))

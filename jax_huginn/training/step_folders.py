@@ -94,7 +94,7 @@ def _read_checksums(step: Path) -> tuple[dict[str, tuple[int, str]], ArraySums]:
         raise DamagedError(step, f"it has no {CHECKSUMS}") from None
     except OSError as error:
         raise DamagedError(step, f"{CHECKSUMS} cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, ArithmeticError, KeyError, TypeError, AttributeError, RecursionError):
         raise DamagedError(step, f"{CHECKSUMS} is not what was written") from None
     if content.get("self") != _digest_of(content):
         raise DamagedError(step, f"{CHECKSUMS} is not what was written")
