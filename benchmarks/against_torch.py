@@ -109,7 +109,9 @@ def run_jax(config: Config, rows: np.ndarray, options: argparse.Namespace) -> di
 
         def run():
             nonlocal first_loss
-            (first_loss, _), gradients = gradient(params, *batch, np.int32(options.n), np.int32(options.k), np.int32(0))
+            numbers = (np.array([number], np.int32) for number in (options.n, options.k, 0))
+            gradients, outputs, _ = gradient(params, *(part[None] for part in batch), *numbers)
+            first_loss = outputs.loss[0]
             return gradients
 
     seconds = median_seconds(run, options.repeats)

@@ -83,7 +83,9 @@ def both_runs(case: Case) -> tuple[Tensors, Tensors, Tensors, Tensors]:
     tokens, labels = data()
     depths = [sample_depths(config.recurrence, config.train.seed, step, micro_batches) for step in range(STEPS)]
 
-    state = TrainState(pair.params, make_optimizer(config).init(pair.params), jnp.zeros((), jnp.int32))
+    state = TrainState(
+        pair.params, make_optimizer(config).init(pair.params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+    )
     step = jit(make_train_step(config))
     records = []
     for batch in zip(tokens, labels, depths, strict=True):

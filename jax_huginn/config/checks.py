@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from jax_huginn.config.errors import OneLineError
 
-class ConfigError(ValueError):
+
+class ConfigError(OneLineError):
     """A configuration that cannot work; its text is one line naming the field, the value and the mend."""
 
 

@@ -123,9 +123,13 @@ def run_verb(main: Callable[[], None]) -> None:
     """Run a command and turn a user's mistake into one line on stderr and exit status 2.
 
     Users' mistakes are subclasses of ValueError; a plain ValueError is a fault of the program and keeps its traceback.
+    Ctrl-C where nothing is at stake, as before the first step, ends with status 130.
     """
     try:
         main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except ValueError as error:
         if type(error) is ValueError:
             raise

@@ -7,9 +7,10 @@ the field and the value, before anything is compiled. The text under a field is 
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from jax_huginn.config.checks import ConfigError, require, require_positive
+from jax_huginn.config.durations import seconds_of
 from jax_huginn.config.parallel import ParallelConfig
 
 
@@ -65,6 +66,8 @@ class ModelConfig:
         )  # fmt: skip
         require(self.prelude_layers >= 0, f"model.prelude_layers={self.prelude_layers} must not be negative")
         require(self.coda_layers >= 0, f"model.coda_layers={self.coda_layers} must not be negative")
+        layers = self.prelude_layers + self.core_layers + self.coda_layers
+        require(layers <= 256, f"model.prelude_layers + core_layers + coda_layers = {layers} is more than 256")
         require(
             self.width % self.heads == 0,
             f"model.width={self.width} must be divisible by model.heads={self.heads}",
@@ -156,9 +159,11 @@ class TrainConfig:
     deterministic: bool = False
     """Bit-reproducible kernels on a GPU: XLA's, and its attention in place of cuDNN's, which takes (B,H,S,S) scores of
     memory. A CPU's results always are reproducible."""
+    max_skipped: int = 10
+    """Updates skipped in a row, for a loss or a gradient that is not finite, at which the run stops."""
 
     def __post_init__(self) -> None:
-        require_positive("train", self, "steps", "batch_size", "sequence_length", "micro_batches")
+        require_positive("train", self, "steps", "batch_size", "sequence_length", "micro_batches", "max_skipped")
         require(0 <= self.seed < 2**32, f"train.seed={self.seed} must lie in [0, 2**32)")
         require(
             self.batch_size % self.micro_batches == 0,
@@ -287,6 +292,8 @@ class CheckpointConfig:
     """Steps between checkpoints; one is always written at the last step."""
     keep: int = 3
     """Newest checkpoints that are kept."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this many steps are kept for good, beside the newest; 0: none."""
     resume: bool = True
     """Go on from the newest checkpoint of the run folder."""
     overwrite: bool = False
@@ -294,9 +301,25 @@ class CheckpointConfig:
     init_from: str = ""
     """Start from the weights of a run or step folder, a .pth or a Hugging Face folder: fresh optimiser, step 0. Only a
     start: once the run folder has a checkpoint of its own, the run goes on from that."""
+    save_before_timeout: str = ""
+    """Save and stop this long before the job's end: 5m, 300 (seconds) or 1h30m. SLURM tells the end (its variable
+    SLURM_JOB_END_TIME); elsewhere give time_limit."""
+    time_limit: str = ""
+    """Length of the job, counted from the start of the command, for example 24h; of two ends the earlier one counts."""
 
     def __post_init__(self) -> None:
         require_positive("checkpoint", self, "every", "keep")
+        require(self.keep_every >= 0, f"checkpoint.keep_every={self.keep_every} must not be negative")
+        for name in ("save_before_timeout", "time_limit"):
+            text = getattr(self, name)
+            require(
+                not text or seconds_of(text) is not None,
+                f"checkpoint.{name}={text} is not a length of time: write 300, 300s, 5m or 1h30m",
+            )
+        require(
+            not self.time_limit or bool(self.save_before_timeout),
+            f"checkpoint.time_limit={self.time_limit} needs checkpoint.save_before_timeout, for example 5m",
+        )
 
 
 @dataclass(frozen=True)
@@ -359,10 +382,27 @@ def from_dict(values: dict[str, Any], cls: type = Config, where: str = "") -> An
         hint = hints[name]
         if dataclasses.is_dataclass(hint):
             value = from_dict(value, hint, f"{where}{name}.")  # pyright: ignore[reportArgumentType]
-        elif isinstance(value, list):
-            value = tuple(value)
+        else:
+            value = tuple(value) if isinstance(value, list) else value
+            require(_is_of(value, hint), f"{where}{name}={value!r:.200} is not of the type {_name_of(hint)}")
         arguments[name] = value
     try:
         return cls(**arguments)
     except TypeError as error:
         raise ConfigError(f"{where or 'config '}cannot be read: {error}") from None
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a plain value may stand in a field of this type; an int may in a float's place."""
+    choices = get_args(hint)
+    if not choices:
+        return type(value) is hint or (hint is float and type(value) is int)
+    if isinstance(choices[0], str):  # Literal
+        return isinstance(value, str) and value in choices
+    if choices[-1] is Ellipsis:  # tuple[int, ...]
+        return type(value) is tuple and all(_is_of(each, choices[0]) for each in value)
+    return any(_is_of(value, choice) for choice in choices)  # float | None
+
+
+def _name_of(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")

@@ -10,6 +10,7 @@ import numpy as np
 
 from jax_huginn.config.schema import Config
 from jax_huginn.data.order import permutation
+from jax_huginn.data.provenance import locate
 from jax_huginn.data.sources import corpus
 from jax_huginn.data.sources.bad import BadData
 from jax_huginn.data.sources.files import DataError, TextFile
@@ -93,6 +94,8 @@ class Data:
     """Fixed batches of held-out rows, in which label -100 is padding; empty only where nothing is held out."""
     token_bytes: np.ndarray | None
     """UTF-8 bytes a token stands for, (V,) int32; None without a byte-level tokenizer."""
+    locate: Callable[[dict[str, Any], int], str]
+    """(position before a batch, row of it) -> the file and the place in it, see `provenance.locate`."""
 
 
 def build_data(
@@ -172,6 +175,7 @@ def build_data(
         train=TrainBatches(iter(train), hub),
         validation=validation,
         token_bytes=token_bytes(tokenizer, config.model.vocab_size) if tokenizer and is_byte_level(tokenizer) else None,
+        locate=partial(locate, rows, pieces(BadData(config.data.bad_rows, lambda _: None), held_out=False)),
     )
 
 

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+from jax_huginn.config.errors import OneLineError
 
-class WeightsError(ValueError):
+
+class WeightsError(OneLineError):
     """Weights that are missing, broken or of a model that this one cannot be."""
 
 
-class ExportError(ValueError):
+class ExportError(OneLineError):
     """An export that cannot be made."""
 
 

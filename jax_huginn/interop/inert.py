@@ -70,13 +70,15 @@ class Inert:
         return f"<{self.path}>"
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessIssue]
+    """The one written in Python: the other lets ten bytes of a file (a memo index of 2^28) take 4 GB."""
+
     def __init__(self, file: BinaryIO):
         super().__init__(file, encoding="utf-8")
         self._classes: dict[tuple[str, str], type[Inert]] = {}
 
-    def find_class(self, module_name: str, global_name: str, /) -> Any:
-        key = (module_name, global_name)
+    def find_class(self, module: str, name: str) -> Any:
+        key = (module, name)
         if key not in self._classes:
             self._classes[key] = type("Inert", (Inert,), {"path": ".".join(key)})
         return self._classes[key]
@@ -102,6 +104,10 @@ class TorchArchive:
             self.sizes = {entry.filename: entry.file_size for entry in self.zip.infolist()}
             if self.folder + "constants.pkl" in self.sizes:
                 raise WeightsError(f"{path}: a TorchScript program, not a checkpoint")
+            room = path.stat().st_size
+            for entry in self.zip.infolist():  # torch.save compresses nothing, so nothing can grow when it is read
+                if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > room:
+                    raise WeightsError(f"{path}: a zip archive that torch.save did not write")
             order = self.folder + "byteorder"
             if order in self.sizes and self.zip.read(order) != b"little":
                 raise WeightsError(f"{path}: written on a big-endian machine")
@@ -155,7 +161,9 @@ class TorchArchive:
             with self.zip.open(name) as file:
                 while count := file.readinto(buffer[filled : filled + 2**24]):  # pyright: ignore[reportAttributeAccessIssue]
                     filled += count
-        except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
+            if filled < numbers.nbytes:
+                raise EOFError("a storage is too short")
+        except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError) as error:  # whatever zipfile meets
             raise WeightsError(f"{self.zip.filename}: broken ({error})") from None
         return numbers
 

@@ -40,10 +40,10 @@ def read_tensors(path: Path) -> dict[str, LazyArray]:
     Raises:
         WeightsError: no such file, or not a whole file of this format.
     """
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such file")
-    size = path.stat().st_size
     try:
+        if not path.is_file():
+            raise WeightsError(f"{path}: no such file")
+        size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if length > min(_HEADER_LIMIT, size - 8):
@@ -59,6 +59,8 @@ def read_tensors(path: Path) -> dict[str, LazyArray]:
             if end - begin != math.prod(shape) * dtype.itemsize or 8 + length + end > size:
                 raise ValueError
             tensors[name] = LazyArray(shape, dtype, partial(_read, path, 8 + length + begin, dtype, shape))
+    except WeightsError:
+        raise
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

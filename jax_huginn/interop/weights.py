@@ -95,6 +95,10 @@ def checked(
         if tensor.dtype not in FLOATS:
             raise WeightsError(f"{path}: {name} is not a tensor of floating-point numbers")
     config = describe(compute_type(tensors))
+    model = config.model
+    parts = model.prelude_layers + model.core_layers + model.coda_layers + config.moe.experts
+    if parts > len(tensors):  # before a model is made of a number that may be anything
+        raise WeightsError(f"{path}: {len(tensors)} tensors are too few for a model of {parts} blocks and experts")
     if EMBEDDING not in tensors and LM_HEAD in tensors:  # one of two tied tensors is all that some writers keep
         tensors = {**tensors, EMBEDDING: tensors[LM_HEAD]}
 
@@ -128,7 +132,8 @@ def _require_our_angles(path: Path, config: Config, tensors: Mapping[str, LazyAr
     if FREQUENCIES not in tensors:
         return
     model = config.model
-    theirs = tensors[FREQUENCIES].read().astype(np.float64)[0, :, 0]
+    with np.errstate(invalid="ignore"):  # refused below
+        theirs = tensors[FREQUENCIES].read().astype(np.float64)[0, :, 0]
     error = np.abs(theirs - rope_table(model.max_length, model.head_dim, model.rope_base)).max()
     # cos and sin of float32 angles up to 4096 are off by 2e-4, and bfloat16 rounds them by 4e-3.
     tolerance = 1e-3 if ml_dtypes.finfo(tensors[FREQUENCIES].dtype).eps < 1e-3 else 1e-2

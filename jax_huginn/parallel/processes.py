@@ -160,6 +160,11 @@ def on_first(function: Callable[[], Any]) -> None:
     first_then_others(lambda: function() if is_first() else None)
 
 
+def of_first(value: int) -> int:
+    """The value of process 0, which alone looks at the files and changes them."""
+    return value if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
 def gather_text(text: str) -> list[str]:
     """The texts of all processes, in their order."""
     if jax.process_count() == 1:
@@ -202,20 +207,22 @@ class StopVote:
     later, when it has long been done: no step waits for it, and every process reads the same vote at the same step.
     """
 
+    OTHER = 1000  # above all signals
+
     def __init__(self, mesh: Mesh):
         self.sharding = NamedSharding(mesh, BATCH)
         self.local = np.zeros(mesh.size, np.int32)
         self.highest = jax.jit(lambda votes: votes.max(), out_shardings=NamedSharding(mesh, REPLICATED))
         self.cast: jax.Array | None = None
 
-    def agree(self, received: str | None) -> str | None:
-        """The signal that ends the run after this step, if any process had received one by the call before."""
+    def agree(self, reason: str | None) -> str | None:
+        """Why the run ends after this step, if a process had a reason by the call before: a signal, or words."""
         if jax.process_count() == 1:
-            return received
-        self.local[:] = signal.Signals[received].value if received else 0
+            return reason
+        self.local[:] = 0 if reason is None else getattr(signal.Signals, reason, self.OTHER)
         previous, self.cast = self.cast, self.highest(from_every_host(self.local.copy(), self.sharding))
         number = 0 if previous is None else int(previous)
-        return signal.Signals(number).name if number else None
+        return None if number == 0 else "the job's end" if number == self.OTHER else signal.Signals(number).name
 
 
 # ---- Batches --------------------------------------------------------------------------------------------------------

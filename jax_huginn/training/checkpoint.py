@@ -1,13 +1,18 @@
-"""Checkpoints of a run: RUN/checkpoints/<step>/ by Orbax, written asynchronously, each one atomic.
+"""Checkpoints of a run: RUN/checkpoints/<step>/ by Orbax, written in the background, each one atomic and checked.
 
-A step holds four items: `params`, `optimizer`, `data` (the exact position) and `meta` (config and versions), the
-last two JSON. No pickle is involved.
+A step holds four items: `params`, `optimizer`, `data` (the exact position) and `meta` (config and versions), the last
+two JSON. No pickle is involved. `step_folders` says how a step comes into being and how damage is found.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
+import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +23,50 @@ from flax import nnx
 from jax.sharding import Mesh
 
 import jax_huginn.model.huginn as huginn
-from jax_huginn.config.schema import CheckpointConfig, Config, from_dict, to_dict
+from jax_huginn.config.schema import CheckpointConfig, Config, ConfigError, from_dict, to_dict
 from jax_huginn.data.position import whole_position
 from jax_huginn.parallel.mesh import replicated, shardings
-from jax_huginn.parallel.processes import gather_text
+from jax_huginn.parallel.processes import gather_text, of_first
+from jax_huginn.training import step_folders
+from jax_huginn.training.checksums import as_hex, checksums
 from jax_huginn.training.step import TrainState, init_state
+from jax_huginn.training.step_folders import CHECKPOINTS, UNFINISHED, CheckpointError, DamagedError
 
-CHECKPOINTS = "checkpoints"
+__all__ = ["CHECKPOINTS", "CheckpointError", "Checkpoints", "find_step", "load_checkpoint", "load_config",
+           "restore_params"]  # fmt: skip
 
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing or cannot be used; its text is one line."""
+_SAVED = ("params", "optimizer")  # the items whose arrays have checksums of their own
 
 
 class Checkpoints:
-    """The checkpoints of one run folder."""
+    """The checkpoints of one run folder, for the run itself.
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig):
-        options = ocp.CheckpointManagerOptions(max_to_keep=config.keep)
+    A save that fails costs a line and nothing else: the checkpoints before it stay, and the next save is a new try.
+    """
+
+    def __init__(self, run_dir: Path, config: CheckpointConfig, say: Callable[[str], None] = print):
+        """
+        Args:
+            say: shows a line to the person; called from a thread too.
+
+        Raises:
+            CheckpointError: there were checkpoints, and all of them are damaged.
+        """
         # Orbax takes a relative path and fails late.
-        self.manager = ocp.CheckpointManager((run_dir / CHECKPOINTS).resolve(), options=options)
+        self.folder, self.config, self.say = (run_dir / CHECKPOINTS).resolve(), config, say
+        self.shown = run_dir / CHECKPOINTS
+        # Orbax logs a traceback for every failure, of which `_failed` makes a line.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        self._writer = _new_writer()
+        self._commit: threading.Thread | None = None
+        if jax.process_index() == 0:
+            step_folders.clear(self.folder)
+        self._newest = self._find_newest()
 
     def latest_step(self) -> int | None:
-        return self.manager.latest_step()
+        """The newest step that is whole; waits for one that is being written."""
+        self.wait()
+        return self._newest
 
     def save(self, state: TrainState, data: Any, config: Config) -> None:
         """Start writing the state after `state.step` steps; returns once the arrays are on the host.
@@ -48,35 +74,130 @@ class Checkpoints:
         Args:
             data: the training batches, `data.pipeline.TrainBatches`.
         """
+        self.wait()
         step = int(state.step)
-        if step == self.latest_step():
+        if step == self._newest:
             return
+        params = nnx.to_pure_dict(state.params)
+        sums = {"params": checksums(params), "optimizer": checksums(state.opt_state)}  # on their way, not waited for
+        meta = {"step": step, "skipped": int(state.skipped), "config": to_dict(config), "jax": jax.__version__}
         items = {
-            "params": ocp.args.StandardSave(nnx.to_pure_dict(state.params)),
+            "params": ocp.args.StandardSave(params),
             "optimizer": ocp.args.StandardSave(state.opt_state),
             "data": ocp.args.JsonSave(gather_position(data.get_state())),
-            "meta": ocp.args.JsonSave({"step": step, "config": to_dict(config), "jax": jax.__version__}),
+            "meta": ocp.args.JsonSave(meta),
         }
-        self.manager.save(step, args=ocp.args.Composite(**items))
+        unfinished = self.folder / UNFINISHED / str(step)
+        try:
+            if jax.process_index() == 0:
+                unfinished.parent.mkdir(parents=True, exist_ok=True)
+            self._writer.save(unfinished, args=ocp.args.Composite(**items))
+        except Exception as error:
+            self._failed(step, error)
+            return
+        self._commit = threading.Thread(target=self._finish, args=(step, unfinished, sums), name="checkpoint")
+        self._commit.start()
 
-    def restore(self, step: int, data: Any, config: Config, mesh: Mesh) -> TrainState:
-        """The state after `step` steps, split over this mesh whatever mesh wrote it; sets `data` to its position."""
+    def _finish(self, step: int, unfinished: Path, sums: dict[str, Any]) -> None:
+        """In the background: wait for the files, seal them and make them a checkpoint."""
+        try:
+            self._writer.wait_until_finished()
+            if jax.process_index() == 0:
+                step_folders.seal(unfinished, {item: as_hex(sums[item]) for item in _SAVED})
+                step_folders.commit(unfinished, self.folder / str(step))
+        except Exception as error:
+            self._failed(step, error)
+            return
+        self._newest = step
+        try:
+            if jax.process_index() == 0:
+                step_folders.retire(self.folder, self.config.keep, self.config.keep_every)
+        except OSError as error:
+            self.say(f"warning: old checkpoints in {self.shown} cannot be deleted ({error.strerror})")
+
+    def _failed(self, step: int, error: Exception) -> None:
+        if jax.process_index() == 0:
+            step_folders.clear(self.folder)  # a full disk gets its room back
+        self._writer = _new_writer()  # the old one may hold on to what went wrong
+        self.say(f"error: checkpoint {step} was not written to {self.shown} ({_reason(error)}); {self._still()}")
+
+    def _still(self) -> str:
+        return "there is none yet" if self._newest is None else f"the newest one is step {self._newest}"
+
+    def restore(self, data: Any, config: Config, mesh: Mesh) -> TrainState:
+        """The state of the newest step, split over this mesh whatever mesh wrote it; sets `data` to its position.
+
+        A step whose arrays are not what was saved is set aside, and the one before it is taken.
+        """
+        while (step := self._newest) is not None:
+            try:
+                return self._restore(step, data, config, mesh)
+            except DamagedError as fault:
+                self._set_aside([fault])
+                self._newest = self._find_newest()
+        raise CheckpointError(f"no checkpoint in {self.shown}")
+
+    def _restore(self, step: int, data: Any, config: Config, mesh: Mesh) -> TrainState:
         abstract = jax.eval_shape(lambda: init_state(config))
         items = {
             "params": ocp.args.StandardRestore(nnx.to_pure_dict(_split(abstract.params, mesh))),
             "optimizer": ocp.args.StandardRestore(_split(abstract.opt_state, mesh)),
             "data": ocp.args.JsonRestore(),
+            "meta": ocp.args.JsonRestore(),
         }
-        restored = self.manager.restore(step, args=ocp.args.Composite(**items))
+        folder = self.folder / str(step)
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+            restored = reader.restore(folder, args=ocp.args.Composite(**items))
+        for item in _SAVED:
+            _compare(self.shown / str(step), item, restored[item], step_folders.array_sums(folder))
         data.set_state(restored["data"])
         params = abstract.params
         nnx.replace_by_pure_dict(params, restored["params"])
-        return TrainState(nnx.as_pure(params), restored["optimizer"], replicated(np.int32(step), mesh))
+        counters = (replicated(np.int32(count), mesh) for count in (step, restored["meta"].get("skipped", 0)))
+        return TrainState(nnx.as_pure(params), restored["optimizer"], *counters)
+
+    def _find_newest(self) -> int | None:
+        """The newest whole step; what is damaged is set aside. All processes get the same answer."""
+        found = -1
+        if jax.process_index() == 0:
+            newest, faults = step_folders.newest_good(self.folder)
+            found = -1 if newest is None else newest
+            self._set_aside(faults)
+        found = of_first(found)
+        if found < 0 and any(self.folder.glob("*.damaged*")):
+            raise CheckpointError(
+                f"every checkpoint in {self.shown} is damaged (they are kept there): put a whole one back, or name "
+                "another --run_dir"
+            )
+        return None if found < 0 else found
+
+    def _set_aside(self, faults: list[DamagedError]) -> None:
+        for fault in faults:
+            kept = step_folders.set_aside(self.folder / fault.step.name) if jax.process_index() == 0 else None
+            if kept:
+                self.say(f"warning: {self.shown / fault.step.name} is damaged ({fault.what}): kept as {kept.name}")
+
+    def wait(self) -> None:
+        """Block until the last save is on disk, or has failed and said so."""
+        if self._commit:
+            self._commit.join()
+            self._commit = None
 
     def close(self) -> None:
-        """Block until the last save is on disk."""
-        self.manager.wait_until_finished()
-        self.manager.close()
+        self.wait()
+        self._writer.close()
+
+
+def _new_writer() -> ocp.AsyncCheckpointer:
+    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+
+
+def _reason(error: BaseException) -> str:
+    """What the operating system said, which TensorStore wraps into a paragraph."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    found = re.search(r"OS error \d+: ([^\]\[]+?)\]", str(error))
+    return found[1] if found else f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def gather_position(part: dict[str, Any]) -> dict[str, Any]:
@@ -84,49 +205,91 @@ def gather_position(part: dict[str, Any]) -> dict[str, Any]:
     return whole_position([json.loads(text) for text in gather_text(json.dumps(part))])
 
 
+# ---- Reading --------------------------------------------------------------------------------------------------------
+
+
 def find_step(run_or_step: str | os.PathLike) -> Path:
-    """The step folder that a path means: itself, or the newest step of a run folder."""
+    """The step folder that a path means: itself, or the newest good step of a run folder.
+
+    Its parameters and its config are compared with their checksums. A damaged step of a run is passed over, with a
+    line on stderr; nothing is moved, since the run may be in training.
+
+    Raises:
+        CheckpointError: none there, or only damaged ones.
+    """
     path = Path(run_or_step)
-    if (path / "params").is_dir():
-        return path
     if not path.is_dir():
         raise CheckpointError(f"no run or checkpoint folder at {path}")
+    if (path / "params").is_dir() or (path / step_folders.CHECKSUMS).is_file():
+        step_folders.verify(path, _MODEL)
+        return path
     folder = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
-    steps = [entry for entry in folder.iterdir() if entry.name.isdecimal() and (entry / "params").is_dir()]
-    if not steps:
-        raise CheckpointError(f"no checkpoint in {path}: train first, or name a run folder or a step folder")
-    return max(steps, key=lambda entry: int(entry.name))
+    newest, faults = step_folders.newest_good(folder, _MODEL)
+    for fault in faults:
+        print(f"warning: {fault}", file=sys.stderr)
+    if newest is None:
+        raise CheckpointError(
+            f"every checkpoint in {path} is damaged"
+            if faults
+            else f"no checkpoint in {path}: train first, or name a run folder or a step folder"
+        )
+    return folder / str(newest)
+
+
+_MODEL = ("params", "meta")
 
 
 def load_config(run_or_step: str | os.PathLike) -> Config:
     """The config that a checkpoint was written with."""
-    step = find_step(run_or_step)
-    return from_dict(_restore_item(step, "meta", ocp.args.JsonRestore())["config"])
+    return _config_of(find_step(run_or_step))
 
 
 def load_checkpoint(run_or_step: str | os.PathLike) -> huginn.MoEHuginnModel:
-    """The model of a run's newest checkpoint, or of one step folder; its `config` attribute is the run's.
+    """The model of a run's newest good checkpoint, or of one step folder; its `config` attribute is the run's.
 
     Raises:
-        CheckpointError: no checkpoint there.
+        CheckpointError: no checkpoint there, or a damaged one.
     """
     step = find_step(run_or_step)
-    config = load_config(step)
-    graphdef, params = huginn.abstract_model(config)
+    graphdef, params = huginn.abstract_model(_config_of(step))
     return nnx.merge(graphdef, restore_params(step, _placed(params)))
 
 
 def restore_params(step: Path, abstract: Any) -> Any:
-    """The parameters in a step folder, typed and placed as the `abstract` ones are."""
-    restored = _restore_item(step, "params", ocp.args.StandardRestore(nnx.to_pure_dict(abstract)))
+    """The parameters in a step folder, typed and placed as the `abstract` ones are.
+
+    Raises:
+        DamagedError: their values are not those that were saved.
+    """
+    kind = _config_of(step).model.param_dtype  # as they were saved: the checksums are of that type
+    saved = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, kind, sharding=x.sharding), abstract)
+    restored = _restore_item(step, "params", ocp.args.StandardRestore(nnx.to_pure_dict(saved)))
+    _compare(step, "params", restored, step_folders.array_sums(step))
+    restored = jax.tree.map(lambda x, target: x.astype(target.dtype), restored, nnx.to_pure_dict(abstract))
     nnx.replace_by_pure_dict(abstract, restored)
     return nnx.as_pure(abstract)
 
 
+def _config_of(step: Path) -> Config:
+    try:
+        return from_dict(json.loads((step / "meta/metadata").read_text(encoding="utf-8"))["config"])
+    except ConfigError as error:
+        raise CheckpointError(f"{step}: {error}") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{step}: its config cannot be read ({type(error).__name__})") from None
+
+
 def _restore_item(step: Path, item: str, args: Any) -> Any:
     """One of the items of a step folder."""
-    with ocp.CheckpointManager(step.parent.resolve()) as manager:
-        return manager.restore(int(step.name), args=ocp.args.Composite(**{item: args}))[item]
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+        return reader.restore(step.resolve(), args=ocp.args.Composite(**{item: args}))[item]
+
+
+def _compare(step: Path, item: str, arrays: Any, saved: step_folders.ArraySums) -> None:
+    """Raises DamagedError where an array is not what was saved."""
+    for name, value in as_hex(checksums(arrays)).items():
+        if saved.get(item, {}).get(name) != value:
+            raise DamagedError(step, f"{item} {name} does not hold the values that were saved")
 
 
 def _split(tree: Any, mesh: Mesh) -> Any:

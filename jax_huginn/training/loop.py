@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,17 @@ from jax_huginn.data.pipeline import build_data
 from jax_huginn.parallel import processes
 from jax_huginn.parallel.mesh import describe as describe_mesh
 from jax_huginn.parallel.mesh import make_mesh
-from jax_huginn.training.checkpoint import Checkpoints
+from jax_huginn.training.checkpoint import CheckpointError, Checkpoints
 from jax_huginn.training.clock import Clock
 from jax_huginn.training.console import Console, describe, next_commands
 from jax_huginn.training.depth import sample_depths
 from jax_huginn.training.metrics import routing_metrics
+from jax_huginn.training.positions import Positions
 from jax_huginn.training.run_folder import flatten, open_run_folder
 from jax_huginn.training.step import StepMetrics, make_state, make_train_step
-from jax_huginn.training.stopping import StopSignal
+from jax_huginn.training.stopping import Deadline, Stop, deadline_of
 from jax_huginn.training.validation import make_validation
+from jax_huginn.training.watch import Watch, require_finite
 from jax_huginn.training.weights import adopt_tokenizer, open_start
 from jax_huginn.training.writers import make_writers
 
@@ -30,18 +32,19 @@ DEPTHS_COMPARED = 128  # steps whose depths the processes compare at once
 
 
 def train(config: Config) -> None:
-    """Train until `train.steps`, going on from the run folder's newest checkpoint if it has one.
+    """Train until `train.steps`, going on from the run folder's newest good checkpoint if it has one.
 
     Raises:
-        ConfigError, DataError, CheckpointError: a user's mistake, in one line.
+        ConfigError, DataError, CheckpointError, BadNumbersError: what a person has to mend, in one line.
     """
+    deadline = deadline_of(config.checkpoint)
     if config.train.deterministic:  # read when XLA's backend starts, which is later
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
     with processes.session(config.parallel):
-        _train(config)
+        _train(config, deadline)
 
 
-def _train(config: Config) -> None:
+def _train(config: Config, deadline: Deadline | None) -> None:
     console = Console(config.train.steps, silent=not processes.is_first())
     processes.require_same("the config", processes.shared_fields(flatten(to_dict(config))))
     mesh = make_mesh(config)
@@ -51,7 +54,7 @@ def _train(config: Config) -> None:
     initial = processes.first_then_others(lambda: open_start(config))
     processes.on_first(lambda: open_run_folder(config))
     run_dir = Path(config.run_dir)
-    checkpoints = Checkpoints(run_dir, config.checkpoint)
+    checkpoints = Checkpoints(run_dir, config.checkpoint, console.say)
     start = checkpoints.latest_step() or 0
     processes.require_same(f"the run folder {run_dir}", {"the newest checkpoint": start})
     if start >= config.train.steps:
@@ -68,7 +71,8 @@ def _train(config: Config) -> None:
 
     # ---------------------------------------------------------------- state
     if start:
-        state = checkpoints.restore(start, data.train, config, mesh)
+        state = checkpoints.restore(data.train, config, mesh)
+        start = int(state.step)
         console.say(f"resuming {run_dir} from step {start}")
     else:
         state = make_state(config, mesh)
@@ -81,7 +85,9 @@ def _train(config: Config) -> None:
     console.say(describe_mesh(mesh))
     train_step = jax.jit(make_train_step(config, mesh), donate_argnums=0)
     validate = make_validation(config, data.validation, data.token_bytes, mesh) if data.validation else None
-    writers = make_writers(config, run_dir, start) if processes.is_first() else []
+    writers = make_writers(config, run_dir, start, console.say) if processes.is_first() else []
+    positions = Positions(data)
+    watch = Watch(config, console.say, positions.locate)
     clock = Clock(config, device.device_kind, mesh.size)
     batches, vote = processes.GlobalBatches(mesh), processes.StopVote(mesh)
 
@@ -93,10 +99,12 @@ def _train(config: Config) -> None:
         n, k = (float(depth.mean()) for depth in depths)
         record: dict[str, Any] = {"step": step, "loss": float(host.loss), "objective": float(host.objective)}
         record |= {"n": n, "k": k, "grad_norm": float(host.grad_norm), "learning_rate": float(host.learning_rate)}
-        record |= skipped
+        record |= {"param_norm": float(host.param_norm), "skipped_updates": int(host.skipped), **skipped}
+        if not (host.finite_N.all() and np.isfinite(host.grad_norm)):
+            record["non_finite"] = np.flatnonzero(~host.finite_N).tolist()  # the micro-batches
         clock.tick(n, k)
         if is_logged(step):
-            record |= {"param_norm": float(host.param_norm), **clock.read()}
+            record |= clock.read()
             record |= {name: float(value) for name, value in host.recurrence.items()}
             record |= {} if host.moe is None else routing_metrics(host.moe)
         return record
@@ -108,13 +116,17 @@ def _train(config: Config) -> None:
         for writer in writers:
             writer.write(record)
         console.progress(record, clock.seconds_per_step, is_logged(record["step"]))
+        watch.see(record, checkpoints.latest_step)
 
     # ---------------------------------------------------------------- steps
     pending, stopped_by = None, None
-    with StopSignal() as stop, closing(data.train), closing(checkpoints):
+    with Stop(deadline, vote.agree) as stop, ExitStack() as closed:
+        for each in (*writers, checkpoints, data.train):
+            closed.enter_context(closing(each))
         for step in range(start, config.train.steps):
             if (step - start) % DEPTHS_COMPARED == 0:
                 _compare_depths(config, step)
+            positions.remember(step + 1)
             batch = batches.place(next(data.train))
             depths = _depths(config, step)
             state, metrics = train_step(state, batch["tokens"], batch["labels"], *depths)
@@ -124,7 +136,7 @@ def _train(config: Config) -> None:
             pending = (step + 1, metrics, depths, data.train.skipped)
 
             done = step + 1
-            stopped_by = vote.agree(stop.received)  # read once: a signal may come between two looks
+            stopped_by = stop.requested()  # asked once: a signal may come between two looks
             stopping = stopped_by is not None
             last = done == config.train.steps
             saving = last or stopping or _is_due(done, config.checkpoint.every)
@@ -132,21 +144,26 @@ def _train(config: Config) -> None:
             if saving or validating:
                 record, pending = fetch(*pending), None
                 clock.pause()
-                if saving:
-                    checkpoints.save(state, data.train, config)
                 losses = validate(state.params) if validate and validating else {}
-                clock.resume()
                 send(record | losses)
                 if losses:
                     console.say(f"step {done}  held out: {describe(losses)}")
+                if saving:  # last, so that a checkpoint never lacks the records before it
+                    require_finite(record, checkpoints.latest_step)
+                    for writer in writers:
+                        writer.flush()
+                    checkpoints.save(state, data.train, config)
+                clock.resume()
             if stopping:
                 break
 
     # ---------------------------------------------------------------- end
-    for writer in writers:
-        writer.close()
-    if int(state.step) < config.train.steps:
-        console.say(f"stopped by {stopped_by}: saved step {int(state.step)}; the same command goes on from there")
+    done, saved = int(state.step), checkpoints.latest_step()
+    if saved != done:
+        again = "from its beginning" if saved is None else f"from step {saved}"
+        raise CheckpointError(f"step {done} is not saved: mend what hinders it, and the same command goes on {again}")
+    if done < config.train.steps:
+        console.say(f"stopped by {stopped_by}: saved step {done}; the same command goes on from there")
         return
     console.say(f"finished {config.train.steps} steps in {run_dir}")
     console.say("\n".join(["next:", *(f"  {command}" for command in next_commands(run_dir, config))]))

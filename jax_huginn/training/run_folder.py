@@ -13,6 +13,7 @@ MAY_DIFFER = {
     "run_dir",
     "train.steps",
     "train.deterministic",
+    "train.max_skipped",
     "model.attention",
     "model.remat",
     "model.unroll",
@@ -72,7 +73,7 @@ def _read(file: Path) -> Config:
         return from_dict(json.loads(file.read_text()))
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}: name another --run_dir") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file} cannot be read as JSON ({error}): restore it, or name another --run_dir") from None
 
 

@@ -22,6 +22,7 @@ from jax_huginn.model.moe import Routing
 from jax_huginn.parallel.mesh import (
     AXES,
     REPLICATED,
+    batch_sum,
     device_count,
     device_index,
     make_mesh,
@@ -42,13 +43,15 @@ class TrainState:
     """Master weights in `model.param_dtype`."""
     opt_state: Any
     step: jax.Array
-    """Optimiser steps done, int32."""
+    """Optimiser steps done, int32; those whose update was skipped count too, since data and depths went on."""
+    skipped: jax.Array
+    """Steps whose update was skipped, int32."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepMetrics:
-    """Scalars of one step, averaged over its micro-batches."""
+    """Scalars of one step, averaged over its micro-batches (N)."""
 
     loss: jax.Array
     """log_ppl, nats per token."""
@@ -58,6 +61,10 @@ class StepMetrics:
     """Global norm before clipping."""
     param_norm: jax.Array
     learning_rate: jax.Array
+    finite_N: jax.Array
+    """Whether a micro-batch had a finite loss and a finite gradient, bool."""
+    skipped: jax.Array
+    """Updates skipped so far, this one included."""
     moe: Routing | None
     recurrence: dict[str, jax.Array]
 
@@ -69,7 +76,7 @@ def init_params(config: Config) -> Any:
 def init_state(config: Config) -> TrainState:
     """Step 0: fresh weights from `train.seed` and an empty optimiser. Traceable, so `jax.eval_shape` works too."""
     params = init_params(config)
-    return TrainState(params, make_optimizer(config).init(params), jnp.zeros((), jnp.int32))
+    return TrainState(params, make_optimizer(config).init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
 def make_state(config: Config, mesh: Mesh) -> TrainState:
@@ -78,11 +85,12 @@ def make_state(config: Config, mesh: Mesh) -> TrainState:
     return jax.jit(lambda: init_state(config), out_shardings=shardings(abstract, mesh))()
 
 
-def make_gradient(config: Config) -> Callable[..., tuple[Any, HuginnOutput]]:
-    """`gradient(params, tokens_NBS, labels_NBS, n_N, k_N, index_N) -> gradients, outputs` as one device runs it.
+def make_gradient(config: Config) -> Callable[..., tuple[Any, HuginnOutput, jax.Array]]:
+    """`gradient(params, tokens_NBS, labels_NBS, n_N, k_N, index_N) -> gradients, outputs, finite_N` of one device.
 
     Parameters are this device's parts, in `model.dtype`, and so are the gradients, in at least float32, added up over
-    the micro-batches and the devices. The outputs are stacked over the micro-batches and equal on all devices. Each
+    the micro-batches and the devices. The outputs are stacked over the micro-batches and equal on all devices;
+    `finite_N` says which of these have a finite loss and, where they are several, a finite gradient. Each
     micro-batch has its own s_0, drawn from (seed, its number, row) for this device's rows.
 
     One compilation serves every depth. Of a micro-batch's gradient it holds two versions, unless `model.remat` is full:
@@ -106,7 +114,6 @@ def make_gradient(config: Config) -> Callable[..., tuple[Any, HuginnOutput]]:
         return output.loss / device_count(), output
 
     looped = jax.grad(loss, has_aux=True)
-    usual_k = min(config.recurrence.mean, config.recurrence.backprop_depth)
 
     def straight(params, tokens_BS, labels_BS, n, k, index):
         return jax.grad(loss, has_aux=True)(params, tokens_BS, labels_BS, n, usual_k, index)
@@ -115,20 +122,23 @@ def make_gradient(config: Config) -> Callable[..., tuple[Any, HuginnOutput]]:
         inputs = (params, tokens_BS, labels_BS, n, k, index)
         return looped(*inputs) if config.model.remat == "full" else lax.cond(k == usual_k, straight, looped, *inputs)
 
-    def run(params: Any, *inputs_N) -> tuple[Any, HuginnOutput]:
-        if micro_batches == 1:  # no second set of gradients in memory
+    def run(params: Any, *inputs_N) -> tuple[Any, HuginnOutput, jax.Array]:
+        if micro_batches == 1:  # no second set of gradients in memory, and their norm is taken by the step
             gradients, output = gradient(params, *jax.tree.map(lambda x: x[0], inputs_N))
             outputs = jax.tree.map(lambda x: x[None], output)
+            finite_N = jnp.isfinite(outputs.loss)
         else:
 
             def micro_step(total, inputs):
                 gradients, output = gradient(params, *inputs)
-                return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, gradients), output
+                bad = ~jnp.isfinite(optax.global_norm(gradients))  # a norm is finite where all its elements are
+                finite = jnp.isfinite(output.loss) & (batch_sum(bad.astype(jnp.int32)) == 0)
+                return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, gradients), (output, finite)
 
             zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, config.model.param_dtype), params)
-            gradients, outputs = lax.scan(micro_step, zeros, inputs_N)
+            gradients, (outputs, finite_N) = lax.scan(micro_step, zeros, inputs_N)
         gradients = jax.tree.map(lambda g: g.astype(config.model.param_dtype), gradients)
-        return summed_gradients(gradients), outputs
+        return summed_gradients(gradients), outputs, finite_N
 
     return run
 
@@ -139,6 +149,9 @@ def make_train_step(config: Config, mesh: Mesh | None = None) -> Callable[..., t
     The batch is the whole step's; it is cut into `train.micro_batches` parts in order, each with its own depth
     (`sample_depths`). Gradients are taken with respect to the weights in `model.dtype`. The losses of micro-batches are
     averaged. Without a mesh the step is one device's.
+
+    Where a loss or a gradient is not finite, the update is skipped: weights and optimiser, its schedule's count
+    included, stay as they were bit for bit.
     """
     mesh = mesh or make_mesh(config, jax.devices()[:1])
     optimizer, schedule = make_optimizer(config), make_schedule(config)
@@ -152,26 +165,37 @@ def make_train_step(config: Config, mesh: Mesh | None = None) -> Callable[..., t
             make_gradient(config),
             mesh,
             in_specs=(split, in_order, in_order, REPLICATED, REPLICATED, REPLICATED),
-            out_specs=(split, REPLICATED),
+            out_specs=(split, REPLICATED, REPLICATED),
         )
         index_N = state.step * micro_batches + jnp.arange(micro_batches, dtype=jnp.int32)
         parts = (x.reshape(micro_batches, -1, *x.shape[1:]) for x in (tokens_BS, labels_BS))
-        grads, outputs = gradient(params, *parts, n_N, k_N, index_N)
+        grads, outputs, finite_N = gradient(params, *parts, n_N, k_N, index_N)
         grads = jax.tree.map(lambda g: g / micro_batches, grads)
+        grad_norm = optax.global_norm(grads)
+        good = finite_N.all() & jnp.isfinite(grad_norm)
+        finite_N = good[None] if micro_batches == 1 else finite_N
 
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             new_params = optax.apply_updates(state.params, updates)
+            # A choice per element fuses into the update, which reads the old value anyway: no time, no second state.
+            # `lax.cond` would stand between the update and the donated buffers.
+            new_params, opt_state = jax.tree.map(
+                lambda new, old: jnp.where(good, new, old), (new_params, opt_state), (state.params, state.opt_state)
+            )
+        skipped = state.skipped + jnp.where(good, 0, 1).astype(jnp.int32)
         metrics = StepMetrics(
             loss=outputs.log_ppl.mean(),
             objective=outputs.loss.mean(),
-            grad_norm=optax.global_norm(grads),
+            grad_norm=grad_norm,
             param_norm=optax.global_norm(new_params),
-            learning_rate=schedule(state.step),
+            learning_rate=schedule(state.step - state.skipped),
+            finite_N=finite_N,
+            skipped=skipped,
             moe=None if outputs.moe is None else Routing.total(outputs.moe),
             recurrence=jax.tree.map(lambda x: x.mean(axis=0), outputs.recurrence),
         )
-        new_state = TrainState(new_params, opt_state, state.step + 1)
+        new_state = TrainState(new_params, opt_state, state.step + 1, skipped)
         return jax.lax.with_sharding_constraint(
             (new_state, metrics),
             (shardings(new_state, mesh), jax.tree.map(lambda _: NamedSharding(mesh, REPLICATED), metrics)),

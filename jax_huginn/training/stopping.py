@@ -1,25 +1,90 @@
-"""Stopping on Ctrl-C and SIGTERM after the step at hand."""
+"""When a run stops before its last step: Ctrl-C, SIGTERM, or the job's end is near."""
 
+from __future__ import annotations
+
+import os
 import signal
+import time
+from collections.abc import Callable, Mapping
 from types import FrameType
 
+from jax_huginn.config.durations import seconds_of
+from jax_huginn.config.schema import CheckpointConfig, ConfigError
 
-class StopSignal:
-    """A context in which the first SIGINT or SIGTERM sets `received`; a second one ends the process at once."""
+SLURM_END = "SLURM_JOB_END_TIME"
+"""Environment variable of SLURM: when the job will be killed, in seconds since 1970."""
+Agree = Callable[[str | None], str | None]
 
-    def __init__(self):
+
+class Stop:
+    """A context in which the first SIGINT or SIGTERM asks for a stop, and a second one ends the process at once.
+
+    The second one finds the system's own action, not a handler of ours: Python would run that only after the compiled
+    step, which may take minutes.
+    """
+
+    def __init__(self, deadline: Deadline | None = None, agree: Agree = lambda reason: reason):
+        """`agree`: what all processes make of their reasons to stop, see `processes.StopVote`."""
+        self.deadline, self.agree = deadline, agree
         self.received: str | None = None
 
-    def __enter__(self) -> "StopSignal":
+    def __enter__(self) -> Stop:
         self.previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
         self.received = signal.Signals(number).name
+        for each in self.previous:
+            signal.signal(each, signal.SIG_DFL)
+
+    def requested(self) -> str | None:
+        """Why to stop after this step, if at all. The one place where processes agree on it: each asks once a step."""
+        if self.received:
+            return self.agree(self.received)
+        if self.deadline and self.deadline.reached():
+            return self.agree(f"the job's end in {self.deadline.lead}")
+        return self.agree(None)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+
+
+class Deadline:
+    """The moment at which to save and stop: `lead` before the job's end."""
+
+    def __init__(self, end: float, lead: str, now: Callable[[], float] = time.time):
+        self.lead, self.now = lead, now
+        self.at = end - (seconds_of(lead) or 0)
+
+    def reached(self) -> bool:
+        return self.now() >= self.at
+
+
+def deadline_of(config: CheckpointConfig, environment: Mapping[str, str] = os.environ) -> Deadline | None:
+    """The deadline that the options ask for; None without `checkpoint.save_before_timeout`.
+
+    Raises:
+        ConfigError: nothing tells the job's end, or it is over before training has begun.
+    """
+    if not config.save_before_timeout:
+        return None
+    ends, slurm = [], environment.get(SLURM_END)
+    if slurm:
+        if not slurm.isdecimal():
+            raise ConfigError(f"{SLURM_END}={slurm} is not a time in seconds: unset it and give checkpoint.time_limit")
+        ends.append(float(slurm))
+    if config.time_limit:
+        ends.append(time.time() + (seconds_of(config.time_limit) or 0))
+    if not ends:
+        raise ConfigError(
+            f"checkpoint.save_before_timeout={config.save_before_timeout} needs the job's end: SLURM did not tell it "
+            f"({SLURM_END} is not set), so give --checkpoint.time_limit, for example 24h"
+        )
+    deadline = Deadline(min(ends), config.save_before_timeout)
+    if deadline.reached():
+        raise ConfigError(
+            f"checkpoint.save_before_timeout={config.save_before_timeout} leaves no time: the job ends in "
+            f"{max(min(ends) - time.time(), 0):.0f} s"
+        )
+    return deadline

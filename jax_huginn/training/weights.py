@@ -19,7 +19,10 @@ from jax_huginn.config.schema import Config, to_dict
 from jax_huginn.interop.errors import WeightsError
 from jax_huginn.interop.files import open_weights
 from jax_huginn.interop.weights import LazyArray, Weights
-from jax_huginn.training.checkpoint import CHECKPOINTS, CheckpointError, find_step, load_config, restore_params
+from jax_huginn.training import step_folders
+from jax_huginn.training.checkpoint import CheckpointError, find_step, load_config, restore_params
+from jax_huginn.training.checksums import as_hex, checksum
+from jax_huginn.training.step_folders import CHECKPOINTS
 
 # What must be equal for weights to mean the same model; the rest only trains or executes it.
 _SHAPING = {
@@ -79,19 +82,25 @@ class _Streamed(ocp.type_handlers.NumpyHandler):
 
     def __init__(self) -> None:
         super().__init__(deepcopy_host_arrays=False)
+        self.sums: dict[str, jax.Array] = {}
 
     async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Sequence[Any] | None = None):
         for index, value in enumerate(values):
             part = slice(index, index + 1)
-            for written in await super().serialize([value.read()], infos[part], args[part] if args else None):
+            name, array = infos[index].name, value.read()
+            if not np.isfinite(array).all():
+                raise WeightsError(f"{name} holds numbers that are not finite")
+            self.sums[name] = checksum(array)
+            for written in await super().serialize([array], infos[part], args[part] if args else None):
                 written.result()
         return []
 
 
 def _save_streamed(folder: Path, params: Any, config: Config, source: str) -> None:
     """Step 0 of a run: `params`, a tree of `LazyArray`, and `meta`, as `checkpoint.Checkpoints` writes them."""
+    streamed = _Streamed()
     registry = ocp.type_handlers.create_type_handler_registry(
-        (LazyArray, _Streamed()),
+        (LazyArray, streamed),
         (jax.Array, ocp.type_handlers.ArrayHandler()),  # none is written, but Orbax warns where it is missing
     )
     handlers = {
@@ -104,6 +113,7 @@ def _save_streamed(folder: Path, params: Any, config: Config, source: str) -> No
     with ocp.CheckpointManager(folder.resolve(), options=options, item_handlers=handlers) as manager:
         items = {"params": ocp.args.PyTreeSave(nnx.to_pure_dict(params)), "meta": ocp.args.JsonSave(meta)}
         manager.save(0, args=ocp.args.Composite(**items))
+    step_folders.seal(folder / "0", {"params": as_hex(streamed.sums)})
 
 
 # ---- Start: `checkpoint.init_from` ----------------------------------------------------------------------------------

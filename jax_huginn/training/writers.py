@@ -5,58 +5,94 @@
 
 import json
 import math
+import os
 import secrets
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 from jax_huginn.config.schema import Config, ConfigError, to_dict
 
 Record = dict[str, Any]
+Say = Callable[[str], None]
 
 
 class Writer(Protocol):
+    """Takes records in the order of their steps. A full disk costs a line, never the run."""
+
     def write(self, record: Record) -> None: ...
+
+    def flush(self) -> None:
+        """Put what was written where no crash can reach it; called before a checkpoint is made."""
+        ...
+
     def close(self) -> None: ...
 
 
-def make_writers(config: Config, run_dir: Path, restored_step: int) -> list[Writer]:
-    """All writers that the config asks for, in a state that follows `restored_step`."""
-    writers: list[Writer] = [JsonLines(run_dir / "metrics.jsonl", restored_step)]
-    if config.log.tensorboard:
-        writers.append(TensorBoard(run_dir / "tensorboard", restored_step))
+def make_writers(config: Config, run_dir: Path, restored_step: int, say: Say = print) -> list[Writer]:
+    """All writers that the config asks for, in a state that follows `restored_step`.
+
+    Raises:
+        ConfigError: the run folder cannot be written.
+    """
+    try:
+        writers: list[Writer] = [JsonLines(run_dir / "metrics.jsonl", restored_step, say)]
+        if config.log.tensorboard:
+            writers.append(TensorBoard(run_dir / "tensorboard", restored_step, say))
+    except OSError as error:
+        raise ConfigError(f"run_dir={run_dir} cannot be written: {error.strerror}") from None
     if config.log.wandb:
         writers.append(WandB(config, run_dir))
     return writers
 
 
 class JsonLines:
-    """One JSON object a record. On resume, records after the restored step are cut off, so that no step is twice."""
+    """One JSON object a record. On resume, records after the restored step are cut off, so that no step is twice.
 
-    def __init__(self, path: Path, restored_step: int):
+    What a full disk does not take is held in memory, up to the byte, and written once there is room.
+    """
+
+    def __init__(self, path: Path, restored_step: int, say: Say = print):
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= restored_step]
             replacement = path.with_suffix(".tmp")
             replacement.write_text("".join(line + "\n" for line in kept))
             replacement.replace(path)
-        self.file = path.open("a")
+        self.file, self.say = path.open("ab", buffering=0), say
+        self.unwritten, self.failing = b"", False
 
     def write(self, record: Record) -> None:
         finite = {key: value if _is_finite(value) else str(value) for key, value in record.items()}
-        self.file.write(json.dumps(finite) + "\n")
-        self.file.flush()
+        self.unwritten += json.dumps(finite).encode() + b"\n"
+        try:
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+            self.failing = False
+        except OSError as error:
+            if not self.failing:
+                self.say(f"warning: {self.file.name} cannot be written ({error.strerror}): records wait in memory")
+            self.failing = True
+
+    def flush(self) -> None:
+        os.fsync(self.file.fileno())
 
     def close(self) -> None:
+        if self.unwritten:
+            self.say(f"error: {self.file.name} lacks its last {self.unwritten.count(10)} record(s): no room for them")
         self.file.close()
 
 
 class TensorBoard:
     """Scalars as TensorBoard events, through TensorBoard's own writer: no TensorFlow, no torch."""
 
-    def __init__(self, folder: Path, restored_step: int):
+    def __init__(self, folder: Path, restored_step: int, say: Say = print):
         from tensorboard.compat.proto import event_pb2
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+        self.say, self.failed = say, False
+        threading.excepthook = _without_tensorboards(threading.excepthook)
         self.writer = EventFileWriter(str(folder))
         # Tells TensorBoard to drop what an earlier, interrupted session wrote after the restored step.
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
@@ -71,10 +107,34 @@ class TensorBoard:
             if key != "step" and isinstance(value, (bool, int, float))
         ]
         summary = summary_pb2.Summary(value=values)
-        self.writer.add_event(event_pb2.Event(summary=summary, step=record["step"], wall_time=time.time()))
+        event = event_pb2.Event(summary=summary, step=record["step"], wall_time=time.time())
+        self._try(lambda: self.writer.add_event(event))
+
+    def flush(self) -> None:
+        self._try(self.writer.flush)
 
     def close(self) -> None:
-        self.writer.close()
+        self._try(self.writer.close)
+
+    def _try(self, action: Callable[[], None]) -> None:
+        """Its thread reports a failure at some later call, and is of no use then."""
+        if self.failed:
+            return
+        try:
+            action()
+        except OSError as error:
+            self.failed = True
+            self.say(f"warning: TensorBoard gets no more records of this session ({error.strerror or error})")
+
+
+def _without_tensorboards(shown: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Shows what ends a thread, but for a full disk under TensorBoard's, which `TensorBoard` tells in a line."""
+
+    def excepthook(arguments: Any) -> None:
+        if type(arguments.thread).__name__ != "_AsyncWriterThread" or not issubclass(arguments.exc_type, OSError):
+            shown(arguments)
+
+    return excepthook
 
 
 class WandB:
@@ -99,6 +159,9 @@ class WandB:
 
     def write(self, record: Record) -> None:
         self.run.log({key: value for key, value in record.items() if key != "step"}, step=record["step"])
+
+    def flush(self) -> None:
+        """W&B sends in a process of its own."""
 
     def close(self) -> None:
         self.run.finish()

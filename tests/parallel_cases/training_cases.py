@@ -150,7 +150,7 @@ def abstract_gradient(sizes, **sections):
     number = jax.ShapeDtypeStruct((micro_batches,), np.int32)
     split, in_order = specs(params), PartitionSpec(None, AXES)
     in_specs = (split, in_order, in_order, REPLICATED, REPLICATED, REPLICATED)
-    run = per_device(make_gradient(config), mesh_of(config), in_specs, (split, REPLICATED))
+    run = per_device(make_gradient(config), mesh_of(config), in_specs, (split, REPLICATED, REPLICATED))
     return run, (params, tokens, tokens, number, number, number)
 
 
@@ -217,7 +217,7 @@ def test_a_checkpoint_of_one_mesh_restores_on_another(source, target, tmp_path):
     checkpoints.save(run.state, position, run.config)
     config = mesh_config(target)
     mesh = mesh_of(config)
-    state = checkpoints.restore(STEPS, position, config, mesh)
+    state = checkpoints.restore(position, config, mesh)
     checkpoints.close()
     assert seen == [whole]
     where = jax.tree.leaves(shardings(state, mesh))

@@ -1,0 +1,126 @@
+"""What a run says about its own numbers: skipped updates, loss spikes, a collapsed router."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from jax_huginn.config.errors import OneLineError
+from jax_huginn.config.schema import Config
+from jax_huginn.training.metrics import COLLAPSE_SHARE
+
+WINDOW, FEWEST = 100, 20
+"""Losses that a spike is measured against, and how many there must be."""
+SPIKE_SIGMAS, SPIKE_RATIO = 6.0, 1.1
+"""A spike stands this many robust standard deviations and this ratio above the median. Sampled depths spread the loss
+by a few per cent, which the first bound learns; the second keeps a very steady loss from warning about nothing."""
+
+
+NAMED = 4  # rows of a bad micro-batch whose place is told
+
+
+class BadNumbersError(OneLineError):
+    """Numbers that training cannot go on from; its text is one line."""
+
+
+class Watch:
+    """Looks at every record once, in order. A warning comes when its episode begins, not at every step of it."""
+
+    def __init__(self, config: Config, say: Callable[[str], None], locate: Callable[[int, int], str] | None = None):
+        """
+        Args:
+            locate: (step, row of its batch) -> the file and the place in it.
+        """
+        self.config, self.say, self.locate = config, say, locate
+        self.streak = 0
+        self.losses: deque[float] = deque(maxlen=WINDOW)
+        self.spiking = self.collapsed = False
+
+    def see(self, record: dict[str, Any], newest: Callable[[], int | None]) -> None:
+        """Warn of what a step's record shows.
+
+        Args:
+            newest: gives the newest checkpoint.
+
+        Raises:
+            BadNumbersError: `train.max_skipped` updates in a row were skipped.
+        """
+        self._see_skipped(record, newest)
+        self._see_loss(record["step"], record["loss"])
+        if "router_collapse_warning" in record:
+            self._see_router(record)
+
+    def _see_skipped(self, record: dict[str, Any], newest: Callable[[], int | None]) -> None:
+        if "non_finite" not in record:
+            self.streak = 0
+            return
+        self.streak += 1
+        what = f"step {record['step']}: {self._where(record)}"
+        if self.streak >= self.config.train.max_skipped:
+            raise BadNumbersError(
+                f"{what}; {self.streak} updates in a row were skipped (train.max_skipped), so the run stops; "
+                f"{_good_one(newest())}"
+            )
+        if self.streak == 1:
+            self.say(f"warning: {what}; the update is skipped")
+
+    def _where(self, record: dict[str, Any]) -> str:
+        """'micro-batch 1 has a loss or a gradient that is not finite (rows 10 to 11 of the training sequence)'."""
+        train, bad = self.config.train, record["non_finite"]
+        size = train.batch_size // train.micro_batches
+        if not bad:
+            return "the sum of the micro-batches' gradients is not finite"
+        first = (record["step"] - 1) * train.batch_size + bad[0] * size
+        rows = f"rows {first} to {first + size - 1} of the training sequence"
+        if self.locate:
+            rows += (
+                f": {'; '.join(self.locate(record['step'], bad[0] * size + row) for row in range(min(size, NAMED)))}"
+            )
+            rows += "; ..." if size > NAMED else ""
+        several = f"micro-batches {', '.join(map(str, bad))} have" if len(bad) > 1 else f"micro-batch {bad[0]} has"
+        return f"{several} a loss or a gradient that is not finite ({rows})"
+
+    def _see_loss(self, step: int, loss: float) -> None:
+        if not math.isfinite(loss):
+            return
+        if len(self.losses) >= FEWEST:
+            median = statistics.median(self.losses)
+            sigma = 1.4826 * statistics.median(abs(each - median) for each in self.losses)  # of a normal law
+            high = loss > max(median + SPIKE_SIGMAS * sigma, median * SPIKE_RATIO)
+            if high and not self.spiking:
+                self.say(
+                    f"warning: step {step}: loss {loss:.4f} is a spike: the median of the last {len(self.losses)} "
+                    f"steps is {median:.4f}, their spread {sigma:.4f}"
+                )
+            self.spiking = high
+        self.losses.append(loss)
+
+    def _see_router(self, record: dict[str, Any]) -> None:
+        collapsed = record["router_collapse_warning"]
+        if collapsed and not self.collapsed:
+            counts = record["expert_counts"]
+            self.say(
+                f"warning: step {record['step']}: the router collapses: expert {counts.index(max(counts))} gets "
+                f"{record['top_expert_usage_pct']:.0f} % of the assignments, more than {100 * COLLAPSE_SHARE:.0f} %"
+            )
+        self.collapsed = collapsed
+
+
+def require_finite(record: dict[str, Any], newest: Callable[[], int | None]) -> None:
+    """Before a save: parameters that are not finite never reach a checkpoint.
+
+    Raises:
+        BadNumbersError: they are not; no later step could mend them.
+    """
+    if not math.isfinite(record["param_norm"]):
+        raise BadNumbersError(
+            f"step {record['step']}: the parameters are not finite, so they are not saved and the run stops; "
+            f"{_good_one(newest())}"
+        )
+
+
+def _good_one(step: int | None) -> str:
+    return "there is no checkpoint yet" if step is None else f"the last good checkpoint is step {step}"
