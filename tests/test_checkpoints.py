@@ -171,7 +171,7 @@ def test_every_file_of_a_checkpoint_is_covered(run):
 def test_a_lost_line_of_the_checksums_does_not_uncover_a_file(run):
     file = run[1] / "checkpoints/12/checksums.json"
     content = json.loads(file.read_text())
-    content["files"].pop("data/process_0-of-1.json")
+    content["files"].pop("data/metadata")
     file.write_text(json.dumps(content))
     with pytest.raises(DamagedError, match=r"checksums\.json is not what was written"):
         verify(file.parent)

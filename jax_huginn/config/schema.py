@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_type_hints
 from jax_huginn.config.checks import ConfigError, require, require_positive
 from jax_huginn.config.durations import seconds_of
 from jax_huginn.config.parallel import ParallelConfig
+from jax_huginn.config.profile import ProfileConfig
 
 
 @dataclass(frozen=True)
@@ -354,6 +355,7 @@ class Config:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:

@@ -20,6 +20,7 @@ from jax_huginn.training.console import Console, describe, next_commands
 from jax_huginn.training.depth import sample_depths
 from jax_huginn.training.metrics import routing_metrics
 from jax_huginn.training.positions import Positions
+from jax_huginn.training.profile import Profile, keep_compiled
 from jax_huginn.training.run_folder import flatten, open_run_folder
 from jax_huginn.training.step import StepMetrics, make_state, make_train_step
 from jax_huginn.training.stopping import Deadline, Stop, deadline_of
@@ -70,6 +71,7 @@ def _train(config: Config, deadline: Deadline | None) -> None:
     data = processes.first_then_others(lambda: build_data(config, run_dir / "tokenizer", report=report, **place))
 
     # ---------------------------------------------------------------- state
+    keep_compiled(run_dir)
     if start:
         state = checkpoints.restore(data.train, config, mesh)
         start = int(state.step)
@@ -86,7 +88,7 @@ def _train(config: Config, deadline: Deadline | None) -> None:
     train_step = jax.jit(make_train_step(config, mesh), donate_argnums=0)
     validate = make_validation(config, data.validation, data.token_bytes, mesh) if data.validation else None
     writers = make_writers(config, run_dir, start, console.say) if processes.is_first() else []
-    positions = Positions(data)
+    positions, profile = Positions(data), Profile(config.profile, run_dir)
     watch = Watch(config, console.say, positions.locate)
     clock = Clock(config, device.device_kind, mesh.size)
     batches, vote = processes.GlobalBatches(mesh), processes.StopVote(mesh)
@@ -121,7 +123,7 @@ def _train(config: Config, deadline: Deadline | None) -> None:
     # ---------------------------------------------------------------- steps
     pending, stopped_by = None, None
     with Stop(deadline, vote.agree) as stop, ExitStack() as closed:
-        for each in (*writers, checkpoints, data.train):
+        for each in (*writers, checkpoints, data.train, profile):
             closed.enter_context(closing(each))
         for step in range(start, config.train.steps):
             if (step - start) % DEPTHS_COMPARED == 0:
@@ -129,7 +131,12 @@ def _train(config: Config, deadline: Deadline | None) -> None:
             positions.remember(step + 1)
             batch = batches.place(next(data.train))
             depths = _depths(config, step)
+            profile.before(step + 1, state)
             state, metrics = train_step(state, batch["tokens"], batch["labels"], *depths)
+            if profile.after(step + 1, metrics):
+                console.say(
+                    f"steps {config.profile.steps} are traced in {profile.folder}: tensorboard --logdir {run_dir}"
+                )
             # The metrics of the step before: fetching this step's would leave the device idle until the next dispatch.
             if pending:
                 send(fetch(*pending))

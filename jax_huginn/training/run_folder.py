@@ -26,7 +26,7 @@ MAY_DIFFER = {
     "parallel.process_count",
     "parallel.process_id",
     "parallel.heartbeat_seconds",
-    *(f"{section}." for section in ("validation", "checkpoint", "log")),
+    *(f"{section}." for section in ("validation", "checkpoint", "log", "profile")),
 }
 
 
@@ -79,7 +79,7 @@ def _read(file: Path) -> Config:
 
 def _clear(folder: Path) -> None:
     """Delete what a run writes, and nothing else that may be there."""
-    for name in ("checkpoints", "tensorboard", "tokenizer"):
+    for name in ("checkpoints", "tensorboard", "tokenizer", "profile", "compiled"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in ("metrics.jsonl", "config.json", "wandb_id", "hub_files.json"):
         (folder / name).unlink(missing_ok=True)

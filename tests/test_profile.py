@@ -1,0 +1,40 @@
+"""`--profile.steps`: a trace that opens in TensorBoard and Perfetto, of the steps asked for; bad ranges are refused."""
+
+import gzip
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jax_huginn.config.profile import ProfileConfig
+from jax_huginn.config.schema import ConfigError
+from jax_huginn.training.profile import Profile
+
+
+def test_the_steps_asked_for_are_traced(tmp_path):
+    profile = Profile(ProfileConfig("2:3"), tmp_path)
+    step = jax.jit(lambda x: jnp.sin(x @ x))
+    x, complete = jnp.ones((64, 64)), []
+    for number in range(1, 5):
+        profile.before(number, x)
+        x = step(x)
+        complete.append(profile.after(number, x))
+    assert complete == [False, False, True, False]
+    assert list(profile.folder.rglob("*.xplane.pb"))
+    (perfetto,) = profile.folder.rglob("perfetto_trace.json.gz")
+    names = [event.get("name", "") for event in json.loads(gzip.decompress(perfetto.read_bytes()))["traceEvents"]]
+    assert sum("PjitFunction(<lambda>)" in name for name in names) == 2
+
+
+def test_a_run_that_ends_early_closes_its_trace(tmp_path):
+    profile = Profile(ProfileConfig("1:9"), tmp_path)
+    profile.before(1, None)
+    profile.close()
+    assert list(profile.folder.rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize("steps", ["5-6", "6:5", "0:3", "a:b", ":", "1:2:3"])
+def test_no_range_of_steps_is_refused(steps):
+    with pytest.raises(ConfigError, match=r"profile\.steps"):
+        ProfileConfig(steps)
