@@ -12,19 +12,26 @@ from jax_huginn.config.schema import ConfigError
 from jax_huginn.training.profile import Profile
 
 
-def test_the_steps_asked_for_are_traced(tmp_path):
-    profile = Profile(ProfileConfig("2:3"), tmp_path)
+def calls_in_trace(folder, steps: str) -> int:
+    """Events of the step's calls in a trace of some of four steps; a call is one event or several nested ones."""
+    profile = Profile(ProfileConfig(steps), folder)
     step = jax.jit(lambda x: jnp.sin(x @ x))
-    x, complete = jnp.ones((64, 64)), []
+    x, complete = step(jnp.ones((64, 64))), []
     for number in range(1, 5):
         profile.before(number, x)
         x = step(x)
         complete.append(profile.after(number, x))
-    assert complete == [False, False, True, False]
+    assert complete == [number == profile.steps[-1] for number in range(1, 5)]
     assert list(profile.folder.rglob("*.xplane.pb"))
     (perfetto,) = profile.folder.rglob("perfetto_trace.json.gz")
-    names = [event.get("name", "") for event in json.loads(gzip.decompress(perfetto.read_bytes()))["traceEvents"]]
-    assert sum("PjitFunction(<lambda>)" in name for name in names) == 2
+    events = json.loads(gzip.decompress(perfetto.read_bytes()))["traceEvents"]
+    return sum("PjitFunction(<lambda>)" in event.get("name", "") for event in events)
+
+
+def test_the_steps_asked_for_are_traced(tmp_path):
+    one, three = calls_in_trace(tmp_path / "one", "2:2"), calls_in_trace(tmp_path / "three", "2:4")
+    assert one > 0
+    assert three == 3 * one
 
 
 def test_a_run_that_ends_early_closes_its_trace(tmp_path):

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
+from jax_huginn.config.errors import OneLineError
+
 TEXT_SUFFIXES = (".txt", ".py", ".jsonl")
 STDLIB_EXCLUDED = frozenset(
     # Absent from some Pythons' packages, or not of the standard library: without them machines agree on the corpus.
@@ -16,7 +18,7 @@ STDLIB_EXCLUDED = frozenset(
 )
 
 
-class DataError(ValueError):
+class DataError(OneLineError):
     """Data that cannot be used; its text is one line naming the file or value and the mend."""
 
 
