@@ -13,7 +13,9 @@ from jax_huginn.cost.shapes import Sizes, along
 from jax_huginn.ops.grouped_mlp import CAPACITY
 from jax_huginn.parallel.mesh import AXES
 
-SCORES = 3  # float32 arrays of (H,S,S) that attention without a fused kernel holds: scores, softmax, its gradient
+# Arrays of (H,S,S) in float32 of attention without a fused kernel, fitted to what XLA:CPU's compiled steps hold: a
+# block's that the policy "none" keeps, a block's within a recurrence that goes backward, and those in hand there.
+SCORES_KEPT, SCORES_NEEDED, SCORES_IN_HAND = 3, 1, 3
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,13 @@ class Activations:
     def recomputed(self) -> int:
         """All of one recurrence beyond what is kept of it, and the gradients within one of its blocks."""
         model = self.config.model
-        within = self.bytes(2 * self._hidden(core=True) + 2 * model.width)
-        return self.recurrence("none") - self.recurrence() + within
+        # Gradients of gate, up and their product; of queries, keys and values after and before RoPE; of the output.
+        in_hand = 3 * self._hidden(core=True) + 6 * model.heads * model.head_dim + model.width
+        in_hand += SCORES_IN_HAND * self._scores()
+        if model.remat == "none":
+            return self.bytes(in_hand)
+        needed = model.core_layers * (SCORES_NEEDED - SCORES_KEPT) * self._scores()
+        return self.recurrence("none") - self.recurrence() + self.bytes(needed + in_hand)
 
     # ---- elements a token ----------------------------------------------------------------------------------------
 
@@ -77,7 +84,7 @@ class Activations:
         mlp = self._moe(remat) if self._moe_in(core) else self._mlp(remat)
         if remat == "dots":  # queries, keys and values, attention, its projection
             return heads_width + 2 * model.kv_heads * model.head_dim + heads_width + model.width + mlp
-        scores = 0 if self.fused_attention else self._scores()
+        scores = SCORES_KEPT * self._scores()
         # The four norms' inputs and outputs as far as a matmul reads them; queries, keys, values and attention.
         return 5 * model.width + 4 * heads_width + scores + mlp
 
@@ -104,7 +111,8 @@ class Activations:
         return core and moe.experts > 0 and moe.placement == "core"
 
     def _scores(self) -> float:
-        """(H,S,S) arrays in elements of `model.dtype` a token."""
+        """An (H,S,S) array in elements of `model.dtype` a token."""
         model = self.config.model
-        float32s = SCORES * model.heads * self.config.train.sequence_length
-        return float32s * 4 / jnp.dtype(model.dtype).itemsize
+        if self.fused_attention:
+            return 0
+        return model.heads * self.config.train.sequence_length * 4 / jnp.dtype(model.dtype).itemsize
