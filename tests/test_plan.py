@@ -118,7 +118,7 @@ def test_the_command_finds_meshes(monkeypatch, capsys):
         (["--parallel.fsdp", "3", "--gpus-per-host", "8"], "3 does not divide the 8 device"),
         (["--parallel.fsdp", "8", "--gpus-per-host", "8"], "train.micro_batches may be 512"),
         (["--gpus-per-host", "8", "--train.micro_batches", "4096"], "train.micro_batches may be 512"),
-        (["--optimizer.moment_dtype", "float32"], "needs 78.7 GB on each device, of it 30.6 GB moments; a H100 has 78"),
+        (["--optimizer.moment_dtype", "float32"], "needs 79.1 GB on each device, of it 30.6 GB moments; a H100 has 78"),
         (["--parallel.data", "1", "--memory-gb", "40"], "a H100 has 40 GB"),
         (["--gpu-per-host", "8"], "unknown option --gpu-per-host; did you mean --gpus-per-host?"),
         (["--train.micro_batch", "8"], "did you mean --train.micro_batches?"),
