@@ -13,6 +13,7 @@ MAY_IMPORT = {
     "jax_huginn/ops": {"config", "ops"},
     "jax_huginn/parallel": {"config", "ops", "parallel"},
     "jax_huginn/model": {"config", "ops", "parallel", "model"},
+    "jax_huginn/cost": {"config", "ops", "parallel", "model", "training", "cost"},
     "jax_huginn/data": {"config", "data"},
     "jax_huginn/data/sources": {"config", "data"},
     "jax_huginn/interop": {"config", "ops", "model", "interop"},

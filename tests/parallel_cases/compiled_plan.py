@@ -1,0 +1,179 @@
+"""The plan's bytes against the compiler's, on 8 devices; `tests/test_plan.py` runs it in a process of its own.
+
+XLA for CPUs removes the barriers of `jax.checkpoint` and then joins what is recomputed with what was kept, so that
+remat saves nothing there; the pass that removes them is turned off. Numbers are float32: bfloat16 is widened on CPUs.
+"""
+
+import re
+from collections import Counter
+from functools import cache
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jax_huginn.cost.memory import core_gradient, device_memory
+from jax_huginn.cost.shapes import state_shapes
+from jax_huginn.cost.traffic import step_traffic
+from jax_huginn.model.huginn import cast_params
+from jax_huginn.parallel.mesh import AXES, BATCH, REPLICATED, per_device, shardings, specs
+from jax_huginn.training.step import init_params, init_state, make_gradient, make_train_step
+from tests.parallel_cases.support import mesh_config, mesh_of
+
+MEASURED = 0.10  # relative distance of the plan from the compiler that is allowed
+
+
+def plan_config(sizes, remat="full", k=4, per_device=1, length=256, **sections):
+    """Two wide heads, whose (S,S) scores are small, and weights and activations of the same order."""
+    model = {"width": 256, "heads": 2, "kv_heads": 2, "mlp_width": 768, "coda_layers": 1, "max_length": 1024}
+    model |= {"vocab_size": 512, "loss_chunk": 64, "attention": "xla", "remat": remat, "unroll": True}
+    defaults: dict[str, dict] = {
+        "model": model,
+        "moe": {"experts": 8, "active": 2, "width": 96},
+        "recurrence": {"mean": 8, "backprop_depth": k},
+        "train": {"batch_size": 8 * per_device, "micro_batches": 1, "sequence_length": length},
+    }
+    for name, fields in sections.items():
+        defaults[name] = defaults.get(name, {}) | fields
+    return mesh_config(sizes, "float32", **defaults)
+
+
+@cache
+def compiled(*arguments):
+    config = plan_config(*arguments)
+    mesh = mesh_of(config)
+    state = jax.eval_shape(lambda: init_state(config))
+
+    def placed(leaf, where):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    state = jax.tree.map(placed, state, shardings(state, mesh))
+    shape = (config.train.batch_size, config.train.sequence_length)
+    tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=NamedSharding(mesh, BATCH))
+    number = jax.ShapeDtypeStruct((1,), np.int32, sharding=NamedSharding(mesh, REPLICATED))
+    step = jax.jit(make_train_step(config, mesh), donate_argnums=0)
+    return step.lower(state, tokens, tokens, number, number).compile()
+
+
+def planned(*arguments):
+    config = plan_config(*arguments)
+    return device_memory(config, arguments[0], state_shapes(config), fused_attention=False)
+
+
+def temporaries(*arguments) -> tuple[int, int]:
+    """(planned, compiled). XLA for CPUs keeps a step's gradient of the core beside the sum that it is added to; on the
+    GPU it does not (docs/scaling.md), so it is no part of the plan."""
+    config = plan_config(*arguments)
+    beside = core_gradient(state_shapes(config)) if config.model.remat == "full" else 0
+    return planned(*arguments).temporaries + beside, compiled(*arguments).memory_analysis().temp_size_in_bytes
+
+
+FULL, TWICE = ((2, 2, 2), "full", 4, 2), ((2, 2, 2), "full", 4, 4)
+DOTS, DEEPER = ((1, 8, 1), "dots", 2, 1, 1024), ((1, 8, 1), "dots", 4, 1, 1024)
+
+
+@pytest.mark.parametrize("case", [FULL, TWICE, DOTS, DEEPER], ids=str)
+def test_arguments_and_temporaries_are_the_compilers(case):
+    assert planned(*case).arguments == compiled(*case).memory_analysis().argument_size_in_bytes
+    ours, theirs = temporaries(*case)
+    print(case, ours, theirs, ours / theirs)
+    assert ours == pytest.approx(theirs, rel=MEASURED)
+
+
+@pytest.mark.parametrize(("less", "more"), [(FULL, TWICE), (DOTS, DEEPER)], ids=["sequences", "recurrences"])
+def test_what_one_knob_adds_is_what_it_adds_in_the_compiled_step(less, more):
+    (ours, theirs), (ours_more, theirs_more) = temporaries(*less), temporaries(*more)
+    print(less, ours_more - ours, theirs_more - theirs, (ours_more - ours) / (theirs_more - theirs))
+    assert ours_more - ours == pytest.approx(theirs_more - theirs, rel=MEASURED)
+
+
+# ---- Exchanges ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [FULL], ids=str)
+def test_the_compiled_steps_exchanges_are_the_plans(case):
+    """Per kind, results and operands of every collective. Of the embedding's two gathers the compiler makes one."""
+    config = plan_config(*case)
+    shapes = state_shapes(config)
+    expected = Counter()
+    for exchange in step_traffic(config, case[0], shapes, n=4):
+        expected[exchange.kind] += exchange.size
+    expected["all_gather"] -= sum(array.whole for array in shapes.compute if array.top == "wte")
+    found = Counter()
+    line = r"= (.+?) (all-reduce|reduce-scatter|all-gather|all-to-all)\(.*?replica_groups=(\S+)"
+    for result, kind, groups in re.findall(line, compiled(*case).as_text()):
+        # Of a scatter the text names the result: a group's number of them is what it took.
+        members = groups.split("}")[0].count(",") + 1 if kind == "reduce-scatter" else 1
+        found[kind.replace("-", "_")] += members * sum(
+            4 * int(np.prod([int(axis) for axis in shape.split(",") if axis]))
+            for shape in re.findall(r"f32\[([\d,]*)\]", result)
+        )
+    print(case, expected, found)
+    assert set(found) == set(expected)
+    for kind, size in expected.items():
+        assert size == pytest.approx(found[kind], rel=MEASURED), kind
+
+
+N = 4  # recurrences without gradient, for a loop whose length the program does not tell
+MESHES = {
+    "fsdp": ((1, 8, 1), {}),
+    "expert": ((1, 1, 8), {}),
+    "data": ((8, 1, 1), {}),
+    "mixed, two micro-batches": ((2, 2, 2), {"train": {"batch_size": 16, "micro_batches": 2}}),
+    "bfloat16, dots": ((2, 2, 2), {"model": {"dtype": "bfloat16", "remat": "dots"}}),
+    "no remat": ((1, 2, 4), {"model": {"remat": "none"}}),
+    "all_to_all": ((1, 2, 4), {"parallel": {"dispatch": "all_to_all"}}),
+    "routed core": ((1, 2, 4), {"moe": {"placement": "core"}}),
+    "dense": ((2, 4, 1), {"moe": {"experts": 0}}),
+}
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_the_traced_steps_exchanges_are_the_plans(name):
+    """Of every kind and axes the bytes of one device's program as it is written; sums of a few kilobytes aside."""
+    sizes, sections = MESHES[name]
+    config = plan_config(sizes, length=64, **sections)
+    expected, found = Counter(), Counter()
+    for exchange in step_traffic(config, sizes, state_shapes(config), N):
+        expected[exchange.kind, exchange.axes] += exchange.size
+    for key, size in exchanges(traced(config), 1):
+        found[key] += size
+    for key in expected | found:
+        assert expected[key] == pytest.approx(found[key], rel=1e-6, abs=8192), key
+    assert max(found.values()) > 1e6
+
+
+def traced(config):
+    params = jax.eval_shape(lambda: cast_params(init_params(config), config.model.dtype))
+    train = config.train
+    shape = (train.micro_batches, train.batch_size // train.micro_batches, train.sequence_length)
+    tokens, number = jax.ShapeDtypeStruct(shape, np.int32), jax.ShapeDtypeStruct((train.micro_batches,), np.int32)
+    split, in_order = specs(params), PartitionSpec(None, AXES)
+    in_specs = (split, in_order, in_order, REPLICATED, REPLICATED, REPLICATED)
+    run = per_device(make_gradient(config), mesh_of(config), in_specs, (split, REPLICATED))
+    return jax.make_jaxpr(run)(params, tokens, tokens, number, number, number).jaxpr
+
+
+KINDS = {name: name for name in ("all_gather", "reduce_scatter", "all_to_all")}
+KINDS |= {"psum": "all_reduce", "psum_invariant": "all_reduce"}
+
+
+def exchanges(jaxpr: Any, times: int):
+    """((kind, axes), bytes of the whole arrays) of every collective, a loop's as often as it runs. The last branch of a
+    `cond` counts: the usual k."""
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        if name in KINDS:
+            axes = params.get("axis_name", params.get("axes"))
+            arrays = equation.outvars if name == "all_gather" else equation.invars
+            size = sum(array.aval.size * array.aval.dtype.itemsize for array in arrays)
+            yield (KINDS[name], (axes,) if isinstance(axes, str) else tuple(axes)), times * size
+        runs = times * {"scan": params.get("length", 1), "while": N}.get(name, 1)
+        parts = [params["branches"][-1]] if name == "cond" else params.values()
+        for part in parts:
+            for inner in part if isinstance(part, (tuple, list)) else (part,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from exchanges(inner, runs)
