@@ -46,7 +46,7 @@ def device_memory(config: Config, sizes: Sizes, shapes: Shapes, fused_attention:
         "weights": total(shapes.params, lambda array: array.part(sizes)),
         "moments": total(shapes.optimizer, lambda array: array.part(sizes)),
         # Inputs and labels, n and k of every micro-batch, the number of the step.
-        "tokens and depths": 4 * (2 * rows * train.sequence_length + 2 * train.micro_batches + 1),
+        "tokens, depths, counts": 4 * (2 * rows * train.sequence_length + 2 * train.micro_batches + 2),
     }
     act = Activations(config, sizes, fused_attention)
     moments = {

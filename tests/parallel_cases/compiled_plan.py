@@ -152,7 +152,7 @@ def traced(config):
     tokens, number = jax.ShapeDtypeStruct(shape, np.int32), jax.ShapeDtypeStruct((train.micro_batches,), np.int32)
     split, in_order = specs(params), PartitionSpec(None, AXES)
     in_specs = (split, in_order, in_order, REPLICATED, REPLICATED, REPLICATED)
-    run = per_device(make_gradient(config), mesh_of(config), in_specs, (split, REPLICATED))
+    run = per_device(make_gradient(config), mesh_of(config), in_specs, (split, REPLICATED, REPLICATED))
     return jax.make_jaxpr(run)(params, tokens, tokens, number, number, number).jaxpr
 
 
