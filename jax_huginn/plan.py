@@ -3,8 +3,8 @@ and time of a training step on devices that need not be here, for the mesh given
 
 import sys
 
+from jax_huginn.config.checks import require
 from jax_huginn.config.cli import OneLineParser, parse_config, run_verb
-from jax_huginn.config.schema import require
 from jax_huginn.cost.devices import DEVICES, make_device
 
 SHOWN = 5  # of the meshes found

@@ -40,7 +40,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_huginn.config.schema import Config, ConfigError, ModelConfig, MoEConfig, RecurrenceConfig, TrainConfig, to_dict
+from jax_huginn.config.checks import ConfigError
+from jax_huginn.config.dicts import to_dict
+from jax_huginn.config.schema import Config, ModelConfig, MoEConfig, RecurrenceConfig, TrainConfig
 from jax_huginn.interop.errors import WeightsError
 from jax_huginn.interop.files import open_weights
 from jax_huginn.interop.huggingface import write_huggingface

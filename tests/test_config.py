@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from jax_huginn import MoEHuginnConfig700M, MoEHuginnModel
+from jax_huginn.config.checks import ConfigError
 from jax_huginn.config.cli import load_preset, parse_config
-from jax_huginn.config.schema import Config, ConfigError, MoEConfig, from_dict, to_dict
+from jax_huginn.config.dicts import from_dict, to_dict
+from jax_huginn.config.schema import Config, MoEConfig
 from jax_huginn.model.huginn import abstract_model
 from jax_huginn.training.step import init_state
 

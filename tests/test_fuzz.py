@@ -7,8 +7,10 @@ import zipfile
 import numpy as np
 import pytest
 
+from jax_huginn.config.checks import ConfigError
+from jax_huginn.config.dicts import from_dict, to_dict
 from jax_huginn.config.errors import LONGEST, OneLineError
-from jax_huginn.config.schema import Config, ConfigError, from_dict, to_dict
+from jax_huginn.config.schema import Config
 from jax_huginn.interop.errors import WeightsError
 from jax_huginn.interop.files import open_weights
 from jax_huginn.interop.inert import TorchArchive

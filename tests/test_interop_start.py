@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from interop_support import random_model
 
-from jax_huginn.config.schema import CheckpointConfig, Config, ConfigError, DataConfig
+from jax_huginn.config.checks import ConfigError
+from jax_huginn.config.schema import CheckpointConfig, Config, DataConfig
 from jax_huginn.data.tokenizer import save_tokenizer, train_tokenizer
 from jax_huginn.interop.errors import WeightsError
 from jax_huginn.interop.huggingface import read_huggingface, write_huggingface

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_huginn.config.checks import ConfigError
 from jax_huginn.config.cli import parse_config
-from jax_huginn.config.schema import ConfigError, OptimizerConfig, from_dict, to_dict
+from jax_huginn.config.dicts import from_dict, to_dict
+from jax_huginn.config.schema import OptimizerConfig
 from jax_huginn.model.huginn import abstract_model
 from jax_huginn.training.optimizer import group_of, make_optimizer
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import jax_huginn.plan
+from jax_huginn.config.checks import ConfigError
 from jax_huginn.config.cli import load_preset
-from jax_huginn.config.schema import ConfigError
 from jax_huginn.cost.devices import DEVICES
 from jax_huginn.cost.plan import Cluster, best_meshes, mean_depth, plan_mesh
 

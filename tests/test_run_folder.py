@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from jax_huginn.config.schema import ConfigError
+from jax_huginn.config.checks import ConfigError
 from jax_huginn.training.run_folder import open_run_folder
 from jax_huginn.training.writers import JsonLines, TensorBoard, WandB
 

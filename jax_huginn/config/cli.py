@@ -12,7 +12,8 @@ from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jax_huginn.config.schema import Config, ConfigError
+from jax_huginn.config.checks import ConfigError
+from jax_huginn.config.schema import Config
 
 
 def load_preset(path: str) -> Config:

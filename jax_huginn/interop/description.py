@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-from jax_huginn.config.schema import Config, ConfigError, ModelConfig, MoEConfig, RecurrenceConfig, TrainConfig
+from jax_huginn.config.checks import ConfigError
+from jax_huginn.config.schema import Config, ModelConfig, MoEConfig, RecurrenceConfig, TrainConfig
 from jax_huginn.interop.errors import WeightsError
 
 Dtype = Literal["bfloat16", "float32", "float64"]

@@ -18,7 +18,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jax_huginn.config.schema import Config, ConfigError, require
+from jax_huginn.config.checks import ConfigError, require
+from jax_huginn.config.schema import Config
 
 AXES = ("data", "fsdp", "expert")
 BATCH = PartitionSpec(AXES)

@@ -23,7 +23,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 import jax_huginn.model.huginn as huginn
-from jax_huginn.config.schema import CheckpointConfig, Config, ConfigError, from_dict, to_dict
+from jax_huginn.config.checks import ConfigError
+from jax_huginn.config.dicts import from_dict, to_dict
+from jax_huginn.config.schema import CheckpointConfig, Config
 from jax_huginn.data.position import whole_position
 from jax_huginn.parallel.mesh import replicated, shardings
 from jax_huginn.parallel.processes import gather_text, of_first

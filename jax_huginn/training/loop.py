@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_huginn.config.schema import Config, to_dict
+from jax_huginn.config.dicts import to_dict
+from jax_huginn.config.schema import Config
 from jax_huginn.data.pipeline import build_data
 from jax_huginn.parallel import processes
 from jax_huginn.parallel.mesh import describe as describe_mesh

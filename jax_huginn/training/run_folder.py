@@ -5,7 +5,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from jax_huginn.config.schema import Config, ConfigError, from_dict, to_dict
+from jax_huginn.config.checks import ConfigError
+from jax_huginn.config.dicts import from_dict, to_dict
+from jax_huginn.config.schema import Config
 
 # Fields that may differ between the sessions of one run: they change how long it is, what is logged and how it is
 # executed, but not what is computed from which data. Of `parallel` see `_changes`.

@@ -15,7 +15,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from jax_huginn.config.schema import Config, to_dict
+from jax_huginn.config.dicts import to_dict
+from jax_huginn.config.schema import Config
 from jax_huginn.interop.errors import WeightsError
 from jax_huginn.interop.files import open_weights
 from jax_huginn.interop.weights import LazyArray, Weights

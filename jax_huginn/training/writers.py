@@ -13,7 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from jax_huginn.config.schema import Config, ConfigError, to_dict
+from jax_huginn.config.checks import ConfigError
+from jax_huginn.config.dicts import to_dict
+from jax_huginn.config.schema import Config
 
 Record = dict[str, Any]
 Say = Callable[[str], None]
