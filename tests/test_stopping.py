@@ -104,8 +104,9 @@ with Stop() as stop:
 
 def test_ctrl_c_before_the_first_step_is_no_traceback(tmp_path):
     program = """
-import time
+import signal, time
 from jax_huginn.config.cli import run_verb
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
 print("on", flush=True)
 run_verb(lambda: time.sleep(60))
 """

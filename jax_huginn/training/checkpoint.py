@@ -131,6 +131,7 @@ class Checkpoints:
 
         A step whose arrays are not what was saved is set aside, and the one before it is taken.
         """
+        self.wait()
         while (step := self._newest) is not None:
             try:
                 return self._restore(step, data, config, mesh)

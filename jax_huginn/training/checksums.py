@@ -20,7 +20,13 @@ _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint32}  # 8 bytes a
 def checksums(tree: Any) -> dict[str, jax.Array]:
     """name -> checksum, a uint32 scalar still on the device, of every array of a tree."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): checksum(leaf) for path, leaf in leaves}
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+    # One program for all: on several devices each sum ends in an exchange, and XLA for CPUs may starve of threads on
+    # many programs with exchanges that are under way at once.
+    sums = _sums_of_bits([leaf for _, leaf in leaves])
+    if jax.default_backend() == "cpu":
+        jax.block_until_ready(sums)
+    return dict(zip(names, sums, strict=True))
 
 
 def checksum(array: jax.Array | np.ndarray) -> jax.Array:
@@ -37,8 +43,7 @@ def as_hex(sums: dict[str, jax.Array]) -> dict[str, str]:
     return {name: f"{int(value):08x}" for name, value in jax.device_get(sums).items()}
 
 
-@jax.jit
-def _sum_of_bits(array: jax.Array) -> jax.Array:
+def _bits_summed(array: jax.Array) -> jax.Array:
     if array.dtype == bool:
         bits = array.astype(jnp.uint8)
     else:
@@ -53,3 +58,7 @@ def _sum_of_bits(array: jax.Array) -> jax.Array:
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):  # MurmurHash3's last steps, a bijection
         mixed = (mixed ^ (mixed >> shift)) * np.uint32(factor)
     return jnp.sum(mixed, dtype=jnp.uint32)
+
+
+_sum_of_bits = jax.jit(_bits_summed)
+_sums_of_bits = jax.jit(lambda arrays: [_bits_summed(array) for array in arrays])
