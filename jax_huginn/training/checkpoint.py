@@ -57,8 +57,9 @@ class Checkpoints:
         # Orbax takes a relative path and fails late.
         self.folder, self.config, self.say = (run_dir / CHECKPOINTS).resolve(), config, say
         self.shown = run_dir / CHECKPOINTS
-        # Orbax logs a traceback for every failure, of which `_failed` makes a line.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        # Orbax logs a traceback for every failure, of which `_failed` makes a line, and so does asyncio for its tasks.
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         self._writer = _new_writer()
         self._commit: threading.Thread | None = None
         if jax.process_index() == 0:
