@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from jax_huginn.config.schema import Config, DataConfig, ModelConfig, TrainConfig, ValidationConfig
-from jax_huginn.data.pipeline import IGNORED, Data, build_data
+from jax_huginn.data.pipeline import IGNORED, Data, TrainBatches, build_data
 from jax_huginn.data.position import whole_position
 from jax_huginn.data.sources.files import DataError, split_files, stdlib_files, text_files
+from jax_huginn.training.positions import Positions
 
 S, B, V = 64, 4, 512
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -267,3 +269,15 @@ def test_a_tokenizer_larger_than_the_model_is_an_error(corpus: Path, tokenizer_d
     assert f"{V} tokens" in str(error.value)
     assert f"model.vocab_size={V - 1}" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_looking_at_the_position_is_no_checkpoint():
+    """The hub's cache keeps what the last checkpoint reads; the loop looks at the position before every batch."""
+    saved, state = [], {"streams": [[0] * 6], "skipped": [[0] * 4]}
+    hub: Any = SimpleNamespace(saved=saved.append)
+    batches: Any = SimpleNamespace(get_state=lambda: state)
+    train = TrainBatches(batches, hub)
+    Positions(SimpleNamespace(train=train)).remember(1)
+    assert saved == []
+    assert train.get_state() == state
+    assert saved == [state]

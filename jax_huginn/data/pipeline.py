@@ -56,7 +56,7 @@ class TrainBatches:
 
     def __next__(self) -> dict[str, np.ndarray]:
         batch = next(self._batches)
-        state: dict[str, Any] = self._batches.get_state()  # pyright: ignore[reportAssignmentType]
+        state = self.position
         _, _, rows, files = map(sum, zip(*state["skipped"], strict=True))
         self.skipped = {"data_rows_skipped": rows} if rows else {}
         self.skipped |= {"data_files_skipped": files} if files else {}
@@ -64,9 +64,14 @@ class TrainBatches:
             self._hub.handed_out(state)
         return batch
 
+    @property
+    def position(self) -> dict[str, Any]:
+        """Where the last batch handed out ends: this process's part, see `position.whole_position`."""
+        return self._batches.get_state()  # pyright: ignore[reportReturnType]
+
     def get_state(self) -> dict[str, Any]:
-        """The position after the last batch handed out: this process's part, see `position.whole_position`."""
-        state: dict[str, Any] = self._batches.get_state()  # pyright: ignore[reportAssignmentType]
+        """`position`, for a checkpoint: the hub's cache keeps from now on what going on from there reads."""
+        state = self.position
         if self._hub:
             self._hub.saved(state)
         return state

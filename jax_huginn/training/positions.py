@@ -13,7 +13,7 @@ class Positions:
 
     def remember(self, step: int) -> None:
         """To be called before the batch of `step` is taken."""
-        self.before[step] = self.data.train.get_state()
+        self.before[step] = self.data.train.position  # not `get_state`: no checkpoint is made of it
         self.before.pop(step - KEPT, None)
 
     def locate(self, step: int, row: int) -> str:
