@@ -19,17 +19,17 @@ def main() -> None:
     from jax_huginn.interop.errors import ExportError, check_target
     from jax_huginn.interop.huggingface import write_huggingface
     from jax_huginn.interop.pth import write_pth
-    from jax_huginn.training.checkpoint import find_step, load_checkpoint
+    from jax_huginn.training.checkpoint import find_step, load_step
 
     out, step = Path(options.out), find_step(options.run)
     check_target(out)  # before the model is loaded, which may take a while
     if out.suffix == ".pth":
-        write_pth(load_checkpoint(step), out, options.dtype)
+        write_pth(load_step(step), out, options.dtype)
     elif out.suffix in (".pt", ".bin", ".ckpt", ".safetensors"):
         raise ExportError(f"--out {out} is neither a .pth file nor a folder")
     else:
         tokenizer = step.parent.parent / "tokenizer"
-        write_huggingface(load_checkpoint(step), out, tokenizer if tokenizer.is_dir() else None, options.dtype)
+        write_huggingface(load_step(step), out, tokenizer if tokenizer.is_dir() else None, options.dtype)
     print(f"wrote {out} from {step}")
 
 

@@ -48,7 +48,7 @@ from jax_huginn.interop.files import open_weights
 from jax_huginn.interop.huggingface import write_huggingface
 from jax_huginn.interop.pth import write_pth
 from jax_huginn.model.huginn import abstract_model
-from jax_huginn.training.checkpoint import CheckpointError, find_step, load_config
+from jax_huginn.training.checkpoint import CheckpointError, config_of, find_step
 from jax_huginn.training.run_folder import open_run_folder
 from jax_huginn.training.step_folders import seal, verify
 from jax_huginn.training.weights import write_run
@@ -192,7 +192,7 @@ def try_checkpoint(folder: Path, chance: random.Random) -> None:
         else:
             damage(file, chance, damaged_json if file.name in ("checksums.json", "metadata") else damaged)
     with redirect_stderr(io.StringIO()):  # where the damaged step is told
-        load_config(find_step(folder / "run"))
+        config_of(find_step(folder / "run"))
 
 
 TARGETS = {

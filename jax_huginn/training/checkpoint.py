@@ -34,8 +34,8 @@ from jax_huginn.training.checksums import as_hex, checksums
 from jax_huginn.training.step import TrainState, init_state
 from jax_huginn.training.step_folders import CHECKPOINTS, UNFINISHED, CheckpointError, DamagedError
 
-__all__ = ["CHECKPOINTS", "CheckpointError", "Checkpoints", "find_step", "load_checkpoint", "load_config",
-           "restore_params"]  # fmt: skip
+__all__ = ["CHECKPOINTS", "CheckpointError", "Checkpoints", "config_of", "find_step", "load_checkpoint", "load_config",
+           "load_step", "restore_params"]  # fmt: skip
 
 _SAVED = ("params", "optimizer")  # the items whose arrays have checksums of their own
 
@@ -82,7 +82,7 @@ class Checkpoints:
         if step == self._newest:
             return
         params = nnx.to_pure_dict(state.params)
-        sums = {"params": checksums(params), "optimizer": checksums(state.opt_state)}  # on their way, not waited for
+        sums = {"params": checksums(params), "optimizer": checksums(state.opt_state)}  # on their way
         meta = {"step": step, "skipped": int(state.skipped), "config": to_dict(config), "jax": jax.__version__}
         items = {
             "params": ocp.args.StandardSave(params),
@@ -150,10 +150,9 @@ class Checkpoints:
             "meta": ocp.args.JsonRestore(),
         }
         folder = self.folder / str(step)
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-            restored = reader.restore(folder, args=ocp.args.Composite(**items))
+        restored, saved = _read(folder, **items), step_folders.array_sums(folder)
         for item in _SAVED:
-            _compare(self.shown / str(step), item, restored[item], step_folders.array_sums(folder))
+            _compare(self.shown / str(step), item, restored[item], saved)
         data.set_state(restored["data"])
         params = abstract.params
         nnx.replace_by_pure_dict(params, restored["params"])
@@ -245,7 +244,7 @@ _MODEL = ("params", "meta")
 
 def load_config(run_or_step: str | os.PathLike) -> Config:
     """The config that a checkpoint was written with."""
-    return _config_of(find_step(run_or_step))
+    return config_of(find_step(run_or_step))
 
 
 def load_checkpoint(run_or_step: str | os.PathLike) -> huginn.MoEHuginnModel:
@@ -254,8 +253,16 @@ def load_checkpoint(run_or_step: str | os.PathLike) -> huginn.MoEHuginnModel:
     Raises:
         CheckpointError: no checkpoint there, or a damaged one.
     """
-    step = find_step(run_or_step)
-    graphdef, params = huginn.abstract_model(_config_of(step))
+    return load_step(find_step(run_or_step))
+
+
+def load_step(step: Path) -> huginn.MoEHuginnModel:
+    """The model of a step folder that `find_step` gave, which has read all its files once to compare them.
+
+    Raises:
+        DamagedError: its values are not those that were saved.
+    """
+    graphdef, params = huginn.abstract_model(config_of(step))
     return nnx.merge(graphdef, restore_params(step, _placed(params)))
 
 
@@ -265,16 +272,17 @@ def restore_params(step: Path, abstract: Any) -> Any:
     Raises:
         DamagedError: their values are not those that were saved.
     """
-    kind = _config_of(step).model.param_dtype  # as they were saved: the checksums are of that type
+    kind = config_of(step).model.param_dtype  # as they were saved: the checksums are of that type
     saved = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, kind, sharding=x.sharding), abstract)
-    restored = _restore_item(step, "params", ocp.args.StandardRestore(nnx.to_pure_dict(saved)))
+    restored = _read(step, params=ocp.args.StandardRestore(nnx.to_pure_dict(saved)))["params"]
     _compare(step, "params", restored, step_folders.array_sums(step))
     restored = jax.tree.map(lambda x, target: x.astype(target.dtype), restored, nnx.to_pure_dict(abstract))
     nnx.replace_by_pure_dict(abstract, restored)
     return nnx.as_pure(abstract)
 
 
-def _config_of(step: Path) -> Config:
+def config_of(step: Path) -> Config:
+    """The config of a step folder that `find_step` gave."""
     try:
         return from_dict(json.loads((step / "meta/metadata").read_text(encoding="utf-8"))["config"])
     except ConfigError as error:
@@ -283,10 +291,10 @@ def _config_of(step: Path) -> Config:
         raise CheckpointError(f"{step}: its config cannot be read ({type(error).__name__})") from None
 
 
-def _restore_item(step: Path, item: str, args: Any) -> Any:
-    """One of the items of a step folder."""
+def _read(step: Path, **items: Any) -> Any:
+    """Some of the items of a step folder, each by its `ocp.args`."""
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-        return reader.restore(step.resolve(), args=ocp.args.Composite(**{item: args}))[item]
+        return reader.restore(step.resolve(), args=ocp.args.Composite(**items))
 
 
 def _compare(step: Path, item: str, arrays: Any, saved: step_folders.ArraySums) -> None:

@@ -21,7 +21,7 @@ from jax_huginn.interop.errors import WeightsError
 from jax_huginn.interop.files import open_weights
 from jax_huginn.interop.weights import LazyArray, Weights
 from jax_huginn.training import step_folders
-from jax_huginn.training.checkpoint import CheckpointError, find_step, load_config, restore_params
+from jax_huginn.training.checkpoint import CheckpointError, config_of, find_step, restore_params
 from jax_huginn.training.checksums import as_hex, checksum
 from jax_huginn.training.step_folders import CHECKPOINTS
 
@@ -151,7 +151,7 @@ def open_start(config: Config) -> Start | None:
                 f"checkpoint.init_from={path} is the run's own folder, whose checkpoints this command deletes: name "
                 "another --run_dir"
             )
-        _require_fit(config, load_config(step))
+        _require_fit(config, config_of(step))
         tokenizer = step.parent.parent / "tokenizer"
         return Start(
             lambda fresh: restore_params(step, _freed(fresh)),
