@@ -131,12 +131,9 @@ class _Groups:
         self.capacity = min(_round_up(CAPACITY * assigned.size / (experts_in_all or experts)), tokens)
         self.block_size = min(_round_up(self.capacity / BLOCKS), tokens - self.capacity)
 
-        here_NE = assigned[:, None] == jnp.arange(experts)
-        counts_NE = _running_counts(here_NE)
-        sizes_E = counts_NE[-1]
+        rank_N, sizes_E = ranks(assigned, experts)
         self.ends_E = jnp.cumsum(sizes_E)  # where each expert's list ends when the lists stand one after the other
         self.begins_E = self.ends_E - sizes_E
-        rank_N = jnp.sum(jnp.where(here_NE, counts_NE, 0), axis=1) - 1  # place in the expert's list; -1: not here
         place_N = jnp.where(rank_N >= 0, self.begins_E.at[assigned].get(mode="clip") + rank_N, assigned.size)
         every = jnp.arange(assigned.size)
         self.lists = jnp.zeros_like(every).at[place_N].set(every, mode="drop", unique_indices=True)
@@ -170,6 +167,16 @@ class _Groups:
     def _listed(self, places: jax.Array, end: jax.Array) -> jax.Array:
         """The assignments at places of the lists, none from `end` on."""
         return jnp.where(places < end, self.lists.at[places].get(mode="clip"), self.lists.size)
+
+
+def ranks(experts_N: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
+    """Each assignment's place, in order, among those to its expert, (N,) int32, and how many each expert has, (E,).
+
+    The place is -1 where the expert is E or more.
+    """
+    here_NE = experts_N[:, None] == jnp.arange(experts)
+    counts_NE = _running_counts(here_NE)
+    return jnp.sum(jnp.where(here_NE, counts_NE, 0), axis=1) - 1, counts_NE[-1]
 
 
 def _running_counts(here_NE: jax.Array) -> jax.Array:

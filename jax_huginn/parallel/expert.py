@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_huginn.config.parallel import ParallelConfig
-from jax_huginn.ops.grouped_mlp import grouped_mlp
+from jax_huginn.ops.grouped_mlp import grouped_mlp, ranks
 from jax_huginn.parallel.mesh import all_gather, batch_sum, inside, reduce_scatter
 
 AXIS = "expert"
@@ -71,7 +71,7 @@ def _all_to_all(config: ParallelConfig, x_TD, experts_TA, weights_TA, weights: W
     devices, local, width = lax.axis_size(AXIS), weights[0].shape[0], x_TD.shape[1]
     experts, (tokens, active) = devices * local, experts_TA.shape
     capacity = min(tokens, max(1, -int(-tokens * active * config.capacity_factor // experts)))
-    rank_TA = _rank(experts_TA, experts)
+    rank_TA = ranks(experts_TA.reshape(-1), experts)[0].reshape(experts_TA.shape)
     kept_TA = rank_TA < capacity
     place_TA = jnp.where(kept_TA, experts_TA * capacity + rank_TA, experts * capacity)
 
@@ -90,14 +90,6 @@ def _all_to_all(config: ParallelConfig, x_TD, experts_TA, weights_TA, weights: W
     y = lax.all_to_all(back, AXIS, split_axis=0, concat_axis=0).reshape(-1, width)
     y_TAD = y.at[place_TA].get(mode="fill", fill_value=0)
     return jnp.einsum("tad,ta->td", y_TAD, weights_TA.astype(x_TD.dtype)), jnp.sum(~kept_TA)
-
-
-def _rank(experts_TA: jax.Array, experts: int) -> jax.Array:
-    """Each assignment's number among those to the same expert, in the order of the tokens."""
-    assignments = experts_TA.reshape(-1)
-    order = jnp.argsort(assignments, stable=True)
-    first_E = jnp.searchsorted(assignments[order], jnp.arange(experts))
-    return (jnp.argsort(order) - first_E[assignments]).reshape(experts_TA.shape)
 
 
 # ---- ragged: only what is needed, and all of it ---------------------------------------------------------------------

@@ -113,14 +113,16 @@ def make_gradient(config: Config) -> Callable[..., tuple[Any, HuginnOutput, jax.
         # All devices differentiate the one loss of the batch together, so each answers for its share of it.
         return output.loss / device_count(), output
 
-    looped = jax.grad(loss, has_aux=True)
+    differentiate = jax.grad(loss, has_aux=True)  # a traced k is a loop, a static one straight
 
     def straight(params, tokens_BS, labels_BS, n, k, index):
-        return jax.grad(loss, has_aux=True)(params, tokens_BS, labels_BS, n, usual_k, index)
+        return differentiate(params, tokens_BS, labels_BS, n, usual_k, index)
 
-    def gradient(params, tokens_BS, labels_BS, n, k, index):
-        inputs = (params, tokens_BS, labels_BS, n, k, index)
-        return looped(*inputs) if config.model.remat == "full" else lax.cond(k == usual_k, straight, looped, *inputs)
+    def gradient(*inputs):
+        if config.model.remat == "full":
+            return differentiate(*inputs)
+        *_, k, _ = inputs
+        return lax.cond(k == usual_k, straight, differentiate, *inputs)
 
     def run(params: Any, *inputs_N) -> tuple[Any, HuginnOutput, jax.Array]:
         if micro_batches == 1:  # no second set of gradients in memory, and their norm is taken by the step
