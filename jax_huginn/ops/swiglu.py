@@ -1,4 +1,4 @@
-"""`silu(gate) * up`, the gate of every MLP, on the fused output of one matmul.
+"""`silu(gate) * up` of the dense MLPs, on the fused output of one matmul.
 
 Shapes: (..., 2F) in, gate first; (..., F) out.
 """
