@@ -17,11 +17,12 @@ from jax_huginn.parallel.mesh import describe as describe_mesh
 from jax_huginn.parallel.mesh import make_mesh
 from jax_huginn.training.checkpoint import CheckpointError, Checkpoints
 from jax_huginn.training.clock import Clock
+from jax_huginn.training.compiled import keep_compiled
 from jax_huginn.training.console import Console, describe, next_commands
 from jax_huginn.training.depth import sample_depths
 from jax_huginn.training.metrics import routing_metrics
 from jax_huginn.training.positions import Positions
-from jax_huginn.training.profile import Profile, keep_compiled
+from jax_huginn.training.profile import Profile
 from jax_huginn.training.run_folder import flatten, open_run_folder
 from jax_huginn.training.step import StepMetrics, make_state, make_train_step
 from jax_huginn.training.stopping import Deadline, Stop, deadline_of

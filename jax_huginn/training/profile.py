@@ -1,4 +1,4 @@
-"""Traces of some steps, and the compiled programs that a restart finds again."""
+"""Traces of some steps."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 
 from jax_huginn.config.profile import ProfileConfig
 
-PROFILE, COMPILED = "profile", "compiled"
+PROFILE = "profile"
 
 
 class Profile:
@@ -35,13 +35,3 @@ class Profile:
         if self.running:
             jax.profiler.stop_trace()
             self.running = False
-
-
-def keep_compiled(run_dir: Path) -> None:
-    """Keep the compiled programs of accelerators in RUN/compiled, unless JAX is told another place for them.
-
-    A restart then begins in seconds instead of about a minute (docs/performance.md). Not on CPUs: their programs suit
-    one model of processor, and compile fast.
-    """
-    if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:  # pyright: ignore
-        jax.config.update("jax_compilation_cache_dir", str((run_dir / COMPILED).resolve()))
