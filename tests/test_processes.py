@@ -205,5 +205,7 @@ def test_a_killed_process_ends_the_other_within_a_minute(preset, tmp_path, kille
     status, _, err = results[0]
     assert time.monotonic() - begin < 60
     assert status != 0
-    assert f"process {1 - killed} of 2: another process ended or the network failed" in err
+    ours = f"process {1 - killed} of 2: another process ended or the network failed"
+    # JAX's watch over the processes ends the program by itself when it notices before a collective does.
+    assert ours in err or "the JAX distributed service detected fatal errors" in err
     assert "Traceback" not in err
