@@ -1,6 +1,7 @@
 """The model's contracts: depth, gradients, causality, statistics, memory. Its numbers are parity_tests' business."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from flax import nnx
 from jax_huginn.model import initializers
 from jax_huginn.model.huginn import MoEHuginnModel, cast_params
 from jax_huginn.model.moe import route
+from jax_huginn.model.recurrence import SUMMED_AT_ONCE, iterate
 from jax_huginn.ops.cross_entropy import token_losses
 
 
@@ -69,6 +71,38 @@ def test_rematerialisation_changes_memory_but_not_gradients(make_config, remat):
     (gradients, memory), (reference, reference_memory) = loss(remat), loss("none")
     assert distance(gradients, reference) < 1e-11
     assert memory < reference_memory
+
+
+@pytest.mark.parametrize("moe", PLACEMENTS[::3], ids=["dense", "core"])
+def test_steps_written_out_have_the_gradients_of_a_loop(make_config, moe):
+    """Where k is no multiple of what is added up at once."""
+    k = SUMMED_AT_ONCE + 1
+
+    def gradients(unroll):
+        model = {"unroll": unroll, "remat": "dots", "dtype": "float64", "param_dtype": "float64", "core_layers": 1}
+        config = make_config(moe=moe, model=model, recurrence={"mean": 8, "backprop_depth": k})
+        graphdef, params = nnx.split(MoEHuginnModel(config))
+        tokens = tokens_of(config)
+        loss = lambda params: nnx.merge(graphdef, params)(tokens, (2, k), labels=tokens).loss  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss))(nnx.as_pure(params))
+
+    assert distance(gradients(True), gradients(False)) < 1e-11
+
+
+def test_a_step_written_out_waits_for_the_sums_of_those_after_it():
+    """Backwards, every few steps, all gradients pass one barrier together; forwards there is none."""
+
+    def core(params, injected, state):
+        return jnp.tanh(state * params + injected), None
+
+    def final(params, injected, state):
+        return iterate(core, params, injected, state, 0, 2 * SUMMED_AT_ONCE, 8, lambda step: step, True).state_BSD.sum()
+
+    inputs = jnp.ones(()), jnp.ones((1, 2, 3)), jnp.ones((1, 2, 3))
+    forward, backward = (jax.jit(f).lower(*inputs).as_text() for f in (final, jax.grad(final, argnums=(0, 1))))
+    barrier = r"optimization_barrier .*: tensor<f64>, tensor<1x2x3xf64>, tensor<1x2x3xf64>"
+    assert "optimization_barrier" not in forward
+    assert len(re.findall(barrier, backward)) == 2
 
 
 @pytest.mark.parametrize("moe", PLACEMENTS[::3], ids=["dense", "core"])

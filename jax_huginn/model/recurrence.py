@@ -21,6 +21,11 @@ Core = Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, Routing | None]]
 """core(params, injected, s) -> (next s, routing); `injected` is what every recurrence receives of the embedding."""
 
 
+# Unrolled steps whose weight gradients are added in one pass, and so are in memory together. The adding of eight moves
+# 9 arrays of the core's size at once, 11 by fours, 15 by pairs and 21 one by one.
+SUMMED_AT_ONCE = 4
+
+
 class Recurrence(NamedTuple):
     """The state after the last recurrence and what was seen of the steps with gradient."""
 
@@ -43,9 +48,9 @@ def iterate(
 ) -> Recurrence:
     """Run `core` n + k times; gradients flow through the last k.
 
-    `n` may be traced. A static k, 0 too, is a scan over `checkpoint(core)`, a `jax.checkpoint` of some policy, and
-    `unroll` writes its steps out. A traced k, of 1 to `most`, is a loop whose backward pass keeps the states alone and
-    recomputes a step at a time.
+    `n` may be traced. A static k, 0 too, is a scan over `checkpoint(core)`, a `jax.checkpoint` of some policy; with
+    `unroll` its steps are written out one after the other. A traced k, of 1 to `most`, is a loop whose backward pass
+    keeps the states alone and recomputes a step at a time.
     """
     frozen_params, frozen_injected = lax.stop_gradient((params, injected_BSD))
     state_BSD = lax.stop_gradient(state_BSD)
@@ -71,11 +76,31 @@ def iterate(
         new_state, routing = core(params, injected_BSD, state)
         return new_state, (routing, _mean_distance(new_state, state))
 
-    state_BSD, (routings, residuals) = lax.scan(
-        lambda state, _: step(params, injected_BSD, state), state_BSD, length=k, unroll=unroll
-    )
+    if unroll:
+        every_step = []
+        for index in range(k):
+            if (k - index) % SUMMED_AT_ONCE == 0:
+                params, injected_BSD, state_BSD = _backward_in_order(params, injected_BSD, state_BSD)
+            state_BSD, seen = step(params, injected_BSD, state_BSD)
+            every_step.append(seen)
+        routings, residuals = jax.tree.map(lambda *leaves: jnp.stack(leaves), *every_step)
+    else:
+        state_BSD, (routings, residuals) = lax.scan(
+            lambda state, _: step(params, injected_BSD, state), state_BSD, length=k
+        )
     routing = Routing.total(routings) if isinstance(routings, Routing) else None
     return Recurrence(state_BSD, routing, jnp.asarray(residuals)[-1])
+
+
+@jax.custom_vjp
+def _backward_in_order(*values: Any):
+    """The values themselves. In the backward pass all their gradients, as far as they are summed up by there, are
+    finished before what lies before is begun: left to itself the compiler puts off weight gradients that nothing waits
+    for, and so keeps the activations of all steps until the end (docs/performance.md)."""
+    return values
+
+
+_backward_in_order.defvjp(lambda *values: (values, None), lambda _, gradients: lax.optimization_barrier(gradients))
 
 
 # ---- A traced number of steps with gradient -------------------------------------------------------------------------
