@@ -6,7 +6,8 @@ Data: rows of 4097 tokens (tomg-group-umd/huginn-dataset, fetched while training
 a step, 47 684 steps = 800 B tokens.
 Hardware: weights and moments as kept here take 31 GB, the step's bfloat16 copies 15 GB and, with more than one
 micro-batch, the sum of gradients 15 GB more. Measured on one H100 80GB with one micro-batch of one sequence: 45.6 GB
-and 2819 tokens/s; with --model.remat dots 3251 tokens/s, and 68.9 GB by the compiler's account.
+and 2819 tokens/s; with --model.remat dots 3251 tokens/s, and 65 GB by the compiler's account. On 8 GPUs with
+--parallel.fsdp 8 --train.micro_batches 512 --model.remat dots the compiler needs 43 GB a GPU.
 Expected result: not known; nobody has trained it. Rate, warmup and clipping are those of the public dense run.
 """
 

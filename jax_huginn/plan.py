@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("--memory-gbs", type=float, help="the memory's bandwidth, 10^9 bytes/s")
     parser.add_argument("--nvlink-gbs", type=float, help="a device's bandwidth within its host, one way, 10^9 bytes/s")
     parser.add_argument("--network-gbs", type=float, help="a device's share of its host's network, one way, likewise")
+    parser.add_argument("--compile", action="store_true", help="have XLA compile the step too, and print its bytes")
     parser.add_argument("--n", type=float, help="mean recurrences without gradient (the sampler's)")
     parser.add_argument("--k", type=float, help="mean recurrences with gradient (the sampler's)")
     options = parser.parse_args(own)
@@ -33,9 +34,13 @@ def main() -> None:
     config = parse_config(["--config", options.config, *overrides])
 
     # After parsing, so that --help and a mistyped option answer without waiting for JAX.
-    from jax_huginn.cost.plan import Cluster, best_meshes, mean_depth, plan_mesh
-    from jax_huginn.cost.table import describe, table
+    import jax
 
+    from jax_huginn.cost.compiled import compile_for
+    from jax_huginn.cost.plan import Cluster, best_meshes, mean_depth, plan_mesh
+    from jax_huginn.cost.table import describe, describe_compiled, table
+
+    jax.config.update("jax_platforms", "cpu")  # a GPU that is here is left alone, and none is asked for
     n, k = mean_depth(config)
     depth = (n if options.n is None else options.n, k if options.k is None else options.k)
     require(depth[0] >= 0, f"--n {depth[0]:g} must not be negative")
@@ -46,10 +51,15 @@ def main() -> None:
     named = {word.split("=")[0].replace("-", "_").replace("__", "--", 1) for word in overrides if word[:2] == "--"}
     parallel = config.parallel
     if named & set(CHOSEN) or (parallel.data, parallel.fsdp, parallel.expert) != (-1, 1, 1):
-        print(describe(plan_mesh(config, cluster, depth)))
-        return
-    plans = best_meshes(config, cluster, depth, any_micro_batches="--train.micro_batches" not in named)
-    print(table(plans[:SHOWN]), describe(plans[0]), sep="\n\n")
+        plan = plan_mesh(config, cluster, depth)
+    else:
+        plans = best_meshes(config, cluster, depth, any_micro_batches="--train.micro_batches" not in named)
+        plan = plans[0]
+        print(table(plans[:SHOWN]), end="\n\n")
+    print(describe(plan), flush=True)
+    if options.compile:
+        compiled = compile_for(plan.config, device, options.hosts, options.gpus_per_host)
+        print("", describe_compiled(compiled, device), sep="\n")
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:

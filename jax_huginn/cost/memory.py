@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from jax_huginn.config.schema import Config
 from jax_huginn.cost.activations import Activations
 from jax_huginn.cost.shapes import Shapes, Sizes, along, total
+from jax_huginn.model.recurrence import SUMMED_AT_ONCE
 from jax_huginn.parallel.mesh import AXES
 
 HEAD = ("wte", "coda")  # whose gradients are there before the core's
@@ -88,10 +89,11 @@ def _recurrence(config: Config, sizes: Sizes, shapes: Shapes, act: Activations) 
     if config.model.remat == "full":  # a loop, which adds to one sum and keeps the states
         kinds["gradients of the core"] = gradient
         kinds["activations"] += most * act.recurrence()
-    elif config.model.unroll:  # the steps' gradients are added at the end: as activations go, gradients come
-        left = max(range(most), key=lambda index: (most - index) * act.recurrence() + (index + 1) * gradient)
-        kinds["gradients of the core"] = (left + 1) * gradient
-        kinds["activations"] += (most - left) * act.recurrence()
+    elif config.model.unroll:  # as activations go, gradients come, and every few are added to the sum
+        unadded = [index % SUMMED_AT_ONCE + 1 + (index >= SUMMED_AT_ONCE) for index in range(most)]
+        done = max(range(most), key=lambda index: (most - index) * act.recurrence() + unadded[index] * gradient)
+        kinds["gradients of the core"] = unadded[done] * gradient
+        kinds["activations"] += (most - done) * act.recurrence()
     else:  # a scan: the sum and one step's
         kinds["gradients of the core"] = 2 * gradient
         kinds["activations"] += most * act.recurrence()

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax_huginn.config.schema import Config
 from jax_huginn.cost.activations import Activations
 from jax_huginn.cost.devices import ATTENTION_BACKWARD, ATTENTION_FORWARD, HEAD_WIDTH, MATMUL, MEMORY, Device
-from jax_huginn.cost.memory import core_gradient
+from jax_huginn.cost.memory import core_gradient, steps_with_gradient
 from jax_huginn.cost.shapes import Shapes, Sizes, total
+from jax_huginn.model.recurrence import SUMMED_AT_ONCE
 from jax_huginn.training.flops import forward_flops
 
 # Passes of the forward elementwise work that its backward takes: it reads inputs and cotangents and writes gradients.
@@ -78,10 +79,11 @@ def step_work(config: Config, sizes: Sizes, shapes: Shapes, n: float, k: float) 
 
 
 def _sums_of_gradients(config: Config, shapes: Shapes, k: float) -> float:
-    """Bytes of adding up a micro-batch's weight gradients of the core: each step's is read, and the sum where they are
-    not added all at once. The rarer k, 1 step of 70, counts as the usual one."""
+    """Bytes of adding up a micro-batch's weight gradients of the core: each step's is read, and for every few of them
+    the sum read and written, but not read at first. The rarer k, 1 step of 70, counts as the usual one."""
     unrolled = config.model.unroll and config.model.remat != "full"
-    return core_gradient(shapes) * ((k + 1) if unrolled else 3 * k)
+    additions = math.ceil(steps_with_gradient(config) / SUMMED_AT_ONCE) if unrolled else k
+    return core_gradient(shapes) * (k + 2 * additions - (1 if unrolled else 0))
 
 
 def _update(config: Config, sizes: Sizes, shapes: Shapes) -> float:

@@ -1,5 +1,9 @@
 """Plans as text."""
 
+import jax
+
+from jax_huginn.cost.compiled import Compiled
+from jax_huginn.cost.devices import Device
 from jax_huginn.cost.plan import Plan
 from jax_huginn.parallel.mesh import AXES
 
@@ -61,6 +65,21 @@ def describe(plan: Plan) -> str:
         f"MFU {100 * plan.mfu(plan.seconds):.1f} %; {100 * plan.mfu(plan.hidden_seconds):.1f} % if every exchange were "
         "hidden",
     ]
+    return "\n".join(lines)
+
+
+def describe_compiled(compiled: Compiled, device: Device) -> str:
+    """The compiler's account beside what the device has."""
+    lines = [
+        f"memory of a device by XLA's own account (jax {jax.__version__}), GB of 10^9 bytes",
+        *_rows({"arguments: weights, moments, tokens, counts": f"{compiled.arguments / 1e9:.2f}"}),
+        *_rows({"temporaries": f"{compiled.temporaries / 1e9:.2f}"}),
+        *_rows({"sum": f"{compiled.total / 1e9:.2f}", "of": f"{device.memory_gb:g}"}),
+    ]
+    for kind, share in compiled.overlapped.items():
+        lines.append(f"of the bytes of its {kind}s {100 * share:.0f} % may travel beside computation")
+    if compiled.recomputed:
+        lines.append(f"to stay within it XLA repeats {compiled.recomputed} instructions, which costs time")
     return "\n".join(lines)
 
 

@@ -12,14 +12,15 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
+from jax_huginn.cost.compiled import lower_step
 from jax_huginn.cost.memory import core_gradient, device_memory
 from jax_huginn.cost.shapes import state_shapes
 from jax_huginn.cost.traffic import step_traffic
 from jax_huginn.model.huginn import cast_params
-from jax_huginn.parallel.mesh import AXES, BATCH, REPLICATED, per_device, shardings, specs
-from jax_huginn.training.step import init_params, init_state, make_gradient, make_train_step
+from jax_huginn.parallel.mesh import AXES, REPLICATED, per_device, specs
+from jax_huginn.training.step import init_params, make_gradient
 from tests.parallel_cases.support import mesh_config, mesh_of
 
 MEASURED = 0.10  # relative distance of the plan from the compiler that is allowed
@@ -43,18 +44,7 @@ def plan_config(sizes, remat="full", k=4, per_device=1, length=256, **sections):
 @cache
 def compiled(*arguments):
     config = plan_config(*arguments)
-    mesh = mesh_of(config)
-    state = jax.eval_shape(lambda: init_state(config))
-
-    def placed(leaf, where):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-
-    state = jax.tree.map(placed, state, shardings(state, mesh))
-    shape = (config.train.batch_size, config.train.sequence_length)
-    tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=NamedSharding(mesh, BATCH))
-    number = jax.ShapeDtypeStruct((1,), np.int32, sharding=NamedSharding(mesh, REPLICATED))
-    step = jax.jit(make_train_step(config, mesh), donate_argnums=0)
-    return step.lower(state, tokens, tokens, number, number).compile()
+    return lower_step(config, mesh_of(config)).compile()
 
 
 def planned(*arguments):
