@@ -93,6 +93,24 @@ def test_a_run_survives_a_full_disk_and_saves_once_there_is_room(start, tmp_path
     assert steps[-1] == max(int(path.name) for path in checkpoints.glob("[0-9]*"))
 
 
+def test_a_second_job_is_kept_out_of_a_run_folder(start, tmp_path):
+    first = start("--train.steps", "1000000", "--checkpoint.every", "20")
+    wait_until((tmp_path / "run/checkpoints/20").is_dir)
+    second = start("--checkpoint.resume", "false", "--checkpoint.overwrite", "true")
+    _, errors = second.communicate(timeout=60)
+    assert second.returncode == 2
+    assert errors.startswith(f"error: run_dir={tmp_path / 'run'} is in use by another job: ")
+    assert errors.count("\n") == 1
+    assert first.poll() is None
+    assert any((tmp_path / "run/checkpoints").glob("[0-9]*"))
+    first.kill()
+    first.wait()
+    third = start("--train.steps", "1")  # the kill has freed it
+    printed, errors = third.communicate(timeout=60)
+    assert third.returncode == 0, errors
+    assert "is finished" in printed
+
+
 def test_a_last_save_that_fails_ends_in_one_line_and_the_same_command_mends_it(start, tmp_path):
     options = ("--train.steps", "20", "--checkpoint.every", "10", "--log.tensorboard", "false")
     blocked = tmp_path / "run/checkpoints"

@@ -23,7 +23,7 @@ from jax_huginn.training.depth import sample_depths
 from jax_huginn.training.metrics import routing_metrics
 from jax_huginn.training.positions import Positions
 from jax_huginn.training.profile import Profile
-from jax_huginn.training.run_folder import flatten, open_run_folder
+from jax_huginn.training.run_folder import RunLock, flatten, open_run_folder
 from jax_huginn.training.step import StepMetrics, make_state, make_train_step
 from jax_huginn.training.stopping import Deadline, Stop, deadline_of
 from jax_huginn.training.validation import make_validation
@@ -43,11 +43,11 @@ def train(config: Config) -> None:
     deadline = deadline_of(config.checkpoint)
     if config.train.deterministic:  # read when XLA's backend starts, which is later
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
-    with processes.session(config.parallel):
-        _train(config, deadline)
+    with processes.session(config.parallel), RunLock(Path(config.run_dir)) as lock:
+        _train(config, deadline, lock)
 
 
-def _train(config: Config, deadline: Deadline | None) -> None:
+def _train(config: Config, deadline: Deadline | None, lock: RunLock) -> None:
     console = Console(config.train.steps, silent=not processes.is_first())
     processes.require_same("the config", processes.shared_fields(flatten(to_dict(config))))
     mesh = make_mesh(config)
@@ -55,6 +55,7 @@ def _train(config: Config, deadline: Deadline | None) -> None:
     # ---------------------------------------------------------------- run folder, data, checkpoints
     # Before the folder is made: a start that cannot be leaves none behind.
     initial = processes.first_then_others(lambda: open_start(config))
+    processes.on_first(lock.acquire)
     processes.on_first(lambda: open_run_folder(config))
     run_dir = Path(config.run_dir)
     checkpoints = Checkpoints(run_dir, config.checkpoint, console.say)

@@ -3,7 +3,10 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
+
+from filelock import FileLock, Timeout
 
 from jax_huginn.config.checks import ConfigError
 from jax_huginn.config.dicts import from_dict, to_dict
@@ -32,8 +35,40 @@ MAY_DIFFER = {
 }
 
 
+class RunLock:
+    """Keeps a second job out of a run folder while the first is in it. The system lifts it when a process ends, however
+    it does; a file system without locks (`filelock.SoftFileLock` then) may leave the file behind after a kill."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.file = folder, folder / ".lock"
+        self._lock = FileLock(self.file)
+
+    def acquire(self) -> None:
+        """Make the folder if need be, and take it.
+
+        Raises:
+            ConfigError: another job has it, or it cannot be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise ConfigError(
+                f"run_dir={self.folder} is in use by another job: wait for its end, or name another --run_dir (if no "
+                f"other runs, delete {self.file})"
+            ) from None
+        except OSError as error:
+            raise _unwritable(self.folder, error) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._lock.release()
+
+
 def open_run_folder(config: Config) -> Path:
-    """Create the run folder or check that it is this run's, and write config.json into it.
+    """Create the run folder or check that it is this run's, and write config.json into it. `RunLock` holds it.
 
     Raises:
         ConfigError: the folder holds another config's run, or `checkpoint.resume=false` would lose checkpoints.
@@ -65,8 +100,12 @@ def open_run_folder(config: Config) -> Path:
         replacement.write_text(json.dumps(to_dict(config), indent=2) + "\n")
         replacement.replace(file)
     except OSError as error:
-        raise ConfigError(f"run_dir={folder} cannot be written: {error.strerror}") from None
+        raise _unwritable(folder, error) from None
     return folder
+
+
+def _unwritable(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"run_dir={folder} cannot be written: {error.strerror}")
 
 
 def _read(file: Path) -> Config:
