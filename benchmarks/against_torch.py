@@ -29,6 +29,7 @@ import numpy as np
 from benchmarks.common import median_seconds, override, peak_gigabytes, report
 from jax_huginn.config.cli import load_preset
 from jax_huginn.config.schema import Config
+from jax_huginn.training.host_memory import keep_freed_memory
 
 
 def main() -> None:
@@ -49,6 +50,7 @@ def main() -> None:
         0, config.model.vocab_size, (options.batch, config.train.sequence_length + 1)
     )
     if options.side:
+        keep_freed_memory()  # as train_jax.py does; Torch on a CPU gains by it, too
         run = run_jax if options.side == "jax" else run_torch
         print(json.dumps(run(config, rows.astype(np.int32), options)))
         return

@@ -33,6 +33,7 @@ def get_config() -> Config:
             core_layers=1,
             coda_layers=1,
             max_length=256,
+            loss_chunk=512,
             dtype="float32",
             remat="none",
         ),
