@@ -62,10 +62,10 @@ def compile_for(config: Config, device: Device, hosts: int, per_host: int) -> Co
         any(_installed(plugin) for plugin in PLUGINS),
         "--compile needs XLA's compiler for NVIDIA GPUs, though no GPU: pip install -e '.[cuda13]'",
     )
-    # "auto" asks for the device that is here.
-    attention = {"auto": "cudnn" if config.model.dtype == "bfloat16" else "xla"}
-    model = dataclasses.replace(config.model, attention=attention.get(config.model.attention, config.model.attention))
-    config = dataclasses.replace(config, model=model)
+    if config.model.attention == "auto":  # which would ask for the device that is here
+        fast = config.model.dtype == "bfloat16" and not config.train.deterministic
+        model = dataclasses.replace(config.model, attention="cudnn" if fast else "xla")
+        config = dataclasses.replace(config, model=model)
     topology = {"topology": f"1x{hosts}x{per_host}", "target_config": describe_chip(device)}
     try:
         devices = topologies.get_topology_desc("", "cuda", **topology).devices
