@@ -97,7 +97,7 @@ def test_a_second_job_is_kept_out_of_a_run_folder(start, tmp_path):
     first = start("--train.steps", "1000000", "--checkpoint.every", "20")
     wait_until((tmp_path / "run/checkpoints/20").is_dir)
     second = start("--checkpoint.resume", "false", "--checkpoint.overwrite", "true")
-    _, errors = second.communicate(timeout=60)
+    _, errors = second.communicate(timeout=120)
     assert second.returncode == 2
     assert errors.startswith(f"error: run_dir={tmp_path / 'run'} is in use by another job: ")
     assert errors.count("\n") == 1
@@ -106,7 +106,7 @@ def test_a_second_job_is_kept_out_of_a_run_folder(start, tmp_path):
     first.kill()
     first.wait()
     third = start("--train.steps", "1")  # the kill has freed it
-    printed, errors = third.communicate(timeout=60)
+    printed, errors = third.communicate(timeout=120)
     assert third.returncode == 0, errors
     assert "is finished" in printed
 
