@@ -58,7 +58,7 @@ def main() -> None:
         print(table(plans[:SHOWN]), end="\n\n")
     print(describe(plan), flush=True)
     if options.compile:
-        compiled = compile_for(plan.config, device, options.hosts, options.gpus_per_host)
+        compiled = compile_for(plan.config, cluster)
         print("", describe_compiled(compiled, device), sep="\n")
 
 

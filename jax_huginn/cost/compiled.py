@@ -19,6 +19,8 @@ from jax.stages import Lowered
 from jax_huginn.config.checks import ConfigError, require
 from jax_huginn.config.schema import Config
 from jax_huginn.cost.devices import Device
+from jax_huginn.cost.plan import Cluster
+from jax_huginn.ops.attention import resolve
 from jax_huginn.parallel.mesh import BATCH, REPLICATED, make_mesh, shardings
 from jax_huginn.training.step import init_state, make_train_step
 
@@ -52,8 +54,8 @@ class Compiled:
         return self.arguments + self.temporaries
 
 
-def compile_for(config: Config, device: Device, hosts: int, per_host: int) -> Compiled:
-    """The step of `config` compiled for so many NVIDIA GPUs, seen from one of them.
+def compile_for(config: Config, cluster: Cluster) -> Compiled:
+    """The step of `config` compiled for a cluster of NVIDIA GPUs, seen from one of them.
 
     Raises:
         ConfigError: JAX's plugin for CUDA is not installed, or cannot compile the step.
@@ -62,11 +64,10 @@ def compile_for(config: Config, device: Device, hosts: int, per_host: int) -> Co
         any(_installed(plugin) for plugin in PLUGINS),
         "--compile needs XLA's compiler for NVIDIA GPUs, though no GPU: pip install -e '.[cuda13]'",
     )
-    if config.model.attention == "auto":  # which would ask for the device that is here
-        fast = config.model.dtype == "bfloat16" and not config.train.deterministic
-        model = dataclasses.replace(config.model, attention="cudnn" if fast else "xla")
-        config = dataclasses.replace(config, model=model)
-    topology = {"topology": f"1x{hosts}x{per_host}", "target_config": describe_chip(device)}
+    model, device = config.model, cluster.device
+    attention = resolve(model.attention, model.dtype, config.train.deterministic, "nvidia")  # not of the device here
+    config = dataclasses.replace(config, model=dataclasses.replace(model, attention=attention))
+    topology = {"topology": f"1x{cluster.hosts}x{cluster.per_host}", "target_config": describe_chip(device)}
     try:
         devices = topologies.get_topology_desc("", "cuda", **topology).devices
         compiled = lower_step(config, make_mesh(config, devices), "cuda").compile({"xla_gpu_autotune_level": "0"})

@@ -13,6 +13,7 @@ from jax_huginn.cost.memory import Memory, device_memory
 from jax_huginn.cost.seconds import step_work
 from jax_huginn.cost.shapes import Shapes, Sizes, state_shapes
 from jax_huginn.cost.traffic import Exchange, step_traffic
+from jax_huginn.ops.attention import resolve
 from jax_huginn.parallel.mesh import AXES, mesh_sizes, require_fit
 from jax_huginn.training.depth import sample_depth
 from jax_huginn.training.flops import training_flops
@@ -150,7 +151,7 @@ def _divisors(number: int) -> list[int]:
 
 def _plan(config: Config, cluster: Cluster, sizes: Sizes, depth: tuple[float, float], shapes: Shapes) -> Plan:
     model = config.model
-    fused = model.attention == "cudnn" or (model.attention == "auto" and model.dtype == "bfloat16")
+    fused = resolve(model.attention, model.dtype, config.train.deterministic, "nvidia") == "cudnn"
     return Plan(
         config=config,
         cluster=cluster,

@@ -56,14 +56,24 @@ def is_named(name: str, primitive: jax.extend.core.Primitive, params: dict[str, 
     return primitive.name == "name" and params["name"] == name
 
 
-def resolve(implementation: str, dtype: jax.typing.DTypeLike, deterministic: bool = False) -> str:
-    """The kernel that "auto" means for this type on the default device; other names are returned as they are.
+def resolve(
+    implementation: str, dtype: jax.typing.DTypeLike, deterministic: bool = False, maker: str | None = None
+) -> str:
+    """The kernel that "auto" means for this type on a device of this maker ("cpu", "nvidia", "other"), the default
+    device unless given; other names are returned as they are.
 
     cuDNN's backward pass is not reproducible, and XLA does not compile it under its flag for deterministic kernels.
     """
     if implementation != "auto":
         return implementation
-    if jnp.dtype(dtype) == jnp.float64 or jax.default_backend() == "cpu":
+    maker = maker or _maker_of_the_default_device()
+    if jnp.dtype(dtype) == jnp.float64 or maker == "cpu":
         return "einsum"  # on a CPU the library's kernel is slower (docs/decisions.md)
-    nvidia = jax.default_backend() == "gpu" and "NVIDIA" in jax.devices()[0].device_kind
-    return "cudnn" if nvidia and jnp.dtype(dtype).itemsize == 2 and not deterministic else "xla"
+    return "cudnn" if maker == "nvidia" and jnp.dtype(dtype).itemsize == 2 and not deterministic else "xla"
+
+
+def _maker_of_the_default_device() -> str:
+    backend = jax.default_backend()
+    if backend == "cpu":
+        return "cpu"
+    return "nvidia" if backend == "gpu" and "NVIDIA" in jax.devices()[0].device_kind else "other"
