@@ -34,6 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", required=True)
     parser.add_argument("--batch", type=int, default=1, help="sequences in one micro-batch")
+    parser.add_argument("--micro-batches", type=int, default=1, help="of `batch` sequences each, all at one depth")
     parser.add_argument("--depths", nargs="*", default=["25,8"], metavar="N,K")
     parser.add_argument("--cache", help="folder of JAX's persistent compilation cache")
     parser.add_argument("--repeats", type=int, default=5)
@@ -43,17 +44,20 @@ def main() -> None:
     if options.cache:
         jax.config.update("jax_compilation_cache_dir", options.cache)
     config = load_preset(options.config)
-    config = dataclasses.replace(
-        config, train=dataclasses.replace(config.train, batch_size=options.batch, micro_batches=1)
-    )
+    sequences = options.batch * options.micro_batches
+    train = dataclasses.replace(config.train, batch_size=sequences, micro_batches=options.micro_batches)
+    config = dataclasses.replace(config, train=train)
     config = override(config, options.set)
     state = jax.jit(lambda: init_state(config))()
     step = jax.jit(make_train_step(config), donate_argnums=0)
     length, vocabulary = config.train.sequence_length, config.model.vocab_size
-    rows = np.random.default_rng(0).integers(0, vocabulary, (options.batch, length + 1)).astype(np.int32)
+    rows = np.random.default_rng(0).integers(0, vocabulary, (sequences, length + 1)).astype(np.int32)
     batch = jax.device_put((rows[:, :-1], rows[:, 1:]))
 
-    depths = [tuple(np.array([int(part)], np.int32) for part in depth.split(",")) for depth in options.depths]
+    depths = [
+        tuple(np.full(options.micro_batches, int(part), np.int32) for part in depth.split(","))
+        for depth in options.depths
+    ]
     start = time.perf_counter()
     compiled = step.lower(state, *batch, *depths[0]).compile()
     compile_seconds = time.perf_counter() - start
@@ -70,7 +74,7 @@ def main() -> None:
 
         seconds = median_seconds(run, options.repeats)
         assert np.isfinite(float(metrics.loss)), "the step's loss is not finite"
-        tokens = options.batch * length
+        tokens = sequences * length
         flops = tokens * training_flops(config, int(n[0]), int(k[0]))
         peak = peak_flops(jax.devices()[0].device_kind)
         report(
@@ -78,6 +82,7 @@ def main() -> None:
             config=Path(options.config).stem,
             settings=options.set,
             batch=options.batch,
+            micro_batches=options.micro_batches,
             sequence_length=length,
             n=int(n[0]),
             k=int(k[0]),

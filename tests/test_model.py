@@ -58,7 +58,7 @@ def test_one_compilation_serves_every_sampled_depth(make_config, moe):
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize("remat", ["dots", "attention", "full"])
+@pytest.mark.parametrize("remat", ["dots", "dots_except_gate_up", "attention", "full"])
 def test_rematerialisation_changes_memory_but_not_gradients(make_config, remat):
     def loss(remat):
         config = make_config(model={"remat": remat, "dtype": "float64", "param_dtype": "float64"})
@@ -71,6 +71,27 @@ def test_rematerialisation_changes_memory_but_not_gradients(make_config, remat):
     (gradients, memory), (reference, reference_memory) = loss(remat), loss("none")
     assert distance(gradients, reference) < 1e-11
     assert memory < reference_memory
+
+
+@pytest.mark.parametrize("moe", PLACEMENTS[::3], ids=["dense", "core"])
+def test_what_each_policy_multiplies_again(make_config, moe):
+    """Of one block: attention's scores, which no kernel hides here; gate and up as well; all but attention's; all.
+
+    Gate and up are one matmul of an MLP, four of shared and routed experts, whose dispatch counts by two more.
+    """
+
+    def matmuls(remat):
+        config = make_config(moe=moe, model={"remat": remat, "core_layers": 1, "prelude_layers": 0, "coda_layers": 0})
+        graphdef, params = nnx.split(MoEHuginnModel(config, seed=0))
+        tokens = tokens_of(config)
+        loss = lambda params: nnx.merge(graphdef, params)(tokens, (0, 1), labels=tokens).loss  # noqa: E731
+        return str(jax.make_jaxpr(jax.grad(loss))(nnx.as_pure(params))).count("dot_general")
+
+    none, *again = (matmuls(remat) for remat in ("none", "dots", "dots_except_gate_up", "attention", "full"))
+    scores, gate_up, attention, full = (count - none for count in again)
+    assert scores == 1
+    assert gate_up == scores + (1 if moe.get("experts") == 0 else 4 + 2)
+    assert gate_up < attention < full
 
 
 @pytest.mark.parametrize("moe", PLACEMENTS[::3], ids=["dense", "core"])

@@ -46,8 +46,9 @@ class ModelConfig:
     """Type in which weights are kept and updated (master weights)."""
     attention: Literal["auto", "xla", "cudnn", "einsum"] = "auto"
     """Attention kernel. auto: cudnn for 16-bit types on NVIDIA, einsum on CPUs and for float64, xla elsewhere."""
-    remat: Literal["none", "dots", "attention", "full"] = "full"
-    """What the backward pass recomputes: nothing, all but matmuls and attention, all but attention, everything."""
+    remat: Literal["none", "dots", "dots_except_gate_up", "attention", "full"] = "full"
+    """What the backward pass recomputes: nothing, all but matmuls and attention, all but these without an MLP's first
+    matmul, all but attention, everything."""
     unroll: bool = False
     """Write out the recurrences with gradient, unless remat is full: faster, since nothing is copied into stacked
     buffers, and longer to compile."""

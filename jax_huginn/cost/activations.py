@@ -82,7 +82,7 @@ class Activations:
         if remat == "attention":
             return heads_width
         mlp = self._moe(remat) if self._moe_in(core) else self._mlp(remat)
-        if remat == "dots":  # queries, keys and values, attention, its projection
+        if remat != "none":  # queries, keys and values, attention, its projection
             return heads_width + 2 * model.kv_heads * model.head_dim + heads_width + model.width + mlp
         scores = SCORES_KEPT * self._scores()
         # The four norms' inputs and outputs as far as a matmul reads them; queries, keys, values and attention.
@@ -90,7 +90,9 @@ class Activations:
 
     def _mlp(self, remat: str) -> float:
         model = self.config.model
-        return 2 * model.mlp_width + model.width if remat == "dots" else 3 * model.mlp_width
+        if remat == "none":
+            return 3 * model.mlp_width
+        return 2 * model.mlp_width * (remat == "dots") + model.width
 
     def _moe(self, remat: str) -> float:
         """Gate and up of the shared and the routed experts, and what else is kept."""
@@ -98,9 +100,9 @@ class Activations:
         if remat in ("full", "attention"):
             return 0
         routed = moe.active * CAPACITY
-        if remat == "dots":
-            return 2 * moe.width * (1 + routed) + model.width
-        return moe.width * (3 + 2 * routed)
+        if remat == "none":
+            return moe.width * (3 + 2 * routed)
+        return 2 * moe.width * (1 + routed) * (remat == "dots") + model.width
 
     def _hidden(self, core: bool) -> float:
         model, moe = self.config.model, self.config.moe

@@ -63,6 +63,8 @@ def step_work(config: Config, sizes: Sizes, shapes: Shapes, n: float, k: float) 
     matmul = (n + 3 * k) * recurrence + 3 * outside
     if matmuls_again:
         matmul += k * recurrence + outside - head - adapter_half
+    elif model.remat == "dots_except_gate_up":
+        matmul += _gate_up(config, gradient_blocks, k)
     attention_forward = (forward_blocks + attention_again * gradient_blocks) * scores
     padded = math.ceil(model.head_dim / HEAD_WIDTH) * HEAD_WIDTH / model.head_dim
     attention_backward = 2 * gradient_blocks * scores * padded
@@ -76,6 +78,16 @@ def step_work(config: Config, sizes: Sizes, shapes: Shapes, n: float, k: float) 
     moved += train.micro_batches * _sums_of_gradients(config, shapes, k)
     moved += _update(config, sizes, shapes)
     return Work(tokens * matmul, tokens * attention_forward, tokens * attention_backward, moved)
+
+
+def _gate_up(config: Config, gradient_blocks: float, k: float) -> float:
+    """FLOPs a token of the first matmul of all MLPs that a gradient passes, experts included."""
+    model, moe = config.model, config.moe
+    experts = 4 * model.width * moe.width * (moe.active + 1) * (moe.experts > 0)
+    mlp = 4 * model.width * model.mlp_width
+    if moe.placement == "core" and moe.experts:
+        return (gradient_blocks - k * model.core_layers) * mlp + k * model.core_layers * experts
+    return gradient_blocks * mlp + experts
 
 
 def _sums_of_gradients(config: Config, shapes: Shapes, k: float) -> float:

@@ -8,6 +8,7 @@ code here computes in whatever type its inputs have.
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jax_huginn.config.schema import Config
 from jax_huginn.model import initializers
@@ -46,12 +47,12 @@ class Attention(nnx.Module):
     def __call__(self, x_BSD: jax.Array, rope_SK2: jax.Array) -> jax.Array:
         q, k, v = self.project(x_BSD, rope_SK2)
         y_BSHK = causal_attention(q, k, v, self.implementation, self.deterministic)
-        return y_BSHK.reshape(*x_BSD.shape[:2], -1) @ self.w_out[...]
+        return checkpoint_name(y_BSHK.reshape(*x_BSD.shape[:2], -1) @ self.w_out[...], "matmul")
 
     def project(self, x_BSD: jax.Array, rope_SK2: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries and keys, biased and turned, and values; each (B,S,H,K)."""
         batch, length, _ = x_BSD.shape
-        fused = x_BSD @ self.w_qkv[...]
+        fused = checkpoint_name(x_BSD @ self.w_qkv[...], "matmul")
         edges = (self.heads * self.head_dim, (self.heads + self.kv_heads) * self.head_dim)
         q, k, v = (part.reshape(batch, length, -1, self.head_dim) for part in jnp.split(fused, edges, axis=-1))
         repeats = self.heads // self.kv_heads
@@ -71,7 +72,8 @@ class GatedMLP(nnx.Module):
         self.w_proj = nnx.Param(initializers.output_projection(config)(rngs.params(), (hidden, width), dtype))
 
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
-        return swiglu(x_BSD @ self.w_fc[...]) @ self.w_proj[...]
+        gate_up = checkpoint_name(x_BSD @ self.w_fc[...], "gate_up")
+        return checkpoint_name(swiglu(gate_up) @ self.w_proj[...], "matmul")
 
 
 class SandwichBlock(nnx.Module):

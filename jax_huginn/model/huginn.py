@@ -15,31 +15,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jax_huginn.config.schema import Config
-from jax_huginn.model import initializers
+from jax_huginn.model import initializers, remat
 from jax_huginn.model.blocks import RMSNorm, SandwichBlock
 from jax_huginn.model.moe import MoE, Routing
 from jax_huginn.model.recurrence import Depth, iterate
-from jax_huginn.ops.attention import attention_saveable, is_named
 from jax_huginn.ops.cross_entropy import IGNORE, cross_entropy
 from jax_huginn.ops.norm import at_least_float32
 from jax_huginn.ops.rope import rope_table
 from jax_huginn.parallel.mesh import batch_mean, batch_sum, gathered
-
-
-def _dots_saveable(primitive: Any, *inputs: Any, **params: Any) -> bool:
-    """Matmuls: of activations and weights, of the experts (`grouped_mlp` names its own) and within attention."""
-    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *inputs, **params)
-    return bool(dots) or attention_saveable(primitive, **params) or is_named("experts", primitive, params)
-
-
-REMAT_POLICIES = {
-    "none": jax.checkpoint_policies.everything_saveable,
-    "dots": _dots_saveable,
-    "attention": attention_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 
 
 @jax.tree_util.register_dataclass
@@ -173,7 +159,7 @@ class MoEHuginnModel(nnx.Module):
             state_half_DD, core_params = params
             routings = []
             with jax.named_scope("adapter"):
-                x_BSD = state_BSD @ state_half_DD + injected_BSD
+                x_BSD = checkpoint_name(state_BSD @ state_half_DD, "matmul") + injected_BSD
             with jax.named_scope("core"):
                 for block in nnx.merge(graphdef, core_params):
                     x_BSD, seen = block(x_BSD, rope_SK2)
@@ -218,7 +204,7 @@ class MoEHuginnModel(nnx.Module):
         return jnp.asarray(rope_table(length, model.head_dim, model.rope_base), at_least_float32(model.dtype))
 
     def _checkpoint(self, function):
-        return jax.checkpoint(function, policy=REMAT_POLICIES[self.config.model.remat])
+        return jax.checkpoint(function, policy=remat.POLICIES[self.config.model.remat])
 
     def _remat(self, module: nnx.Module):
         """The module as a function whose backward pass recomputes what `model.remat` says."""

@@ -10,6 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jax_huginn.config.schema import Config
 from jax_huginn.model import initializers
@@ -69,7 +70,7 @@ def route(x_TD: jax.Array, router_DE: jax.Array, active: int) -> tuple[jax.Array
     """
     dtype = at_least_float32(x_TD.dtype)
     experts = router_DE.shape[1]
-    logits_TE = x_TD.astype(dtype) @ router_DE.astype(dtype)
+    logits_TE = checkpoint_name(x_TD.astype(dtype) @ router_DE.astype(dtype), "matmul")
     chosen_TA, experts_TA = jax.lax.top_k(logits_TE, active)
     log_normalizer_T1 = jax.nn.logsumexp(logits_TE, axis=-1, keepdims=True)
     log_probability_TE = logits_TE - log_normalizer_T1
@@ -99,7 +100,8 @@ class Expert(nnx.Module):
         self.w_down = nnx.Param(projection(rngs.params(), (*experts, hidden, width), dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return (jax.nn.silu(x @ self.w_gate[...]) * (x @ self.w_up[...])) @ self.w_down[...]
+        gate, up = (checkpoint_name(x @ weight[...], "gate_up") for weight in (self.w_gate, self.w_up))
+        return (jax.nn.silu(gate) * up) @ self.w_down[...]
 
 
 class MoE(nnx.Module):
@@ -122,4 +124,5 @@ class MoE(nnx.Module):
             y_TD, dropped = dispatch(self.parallel, x_TD, experts_TA, weights_TA, weights)
         with jax.named_scope("shared_expert"):
             y_TD += self.shared(x_TD)
+        y_TD = checkpoint_name(y_TD, "matmul")
         return y_TD.reshape(x_BSD.shape), dataclasses.replace(routing, dropped=dropped)

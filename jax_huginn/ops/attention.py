@@ -4,10 +4,9 @@ Shapes: B batch, S sequence, H heads, K head width. Keys and values come already
 Huginn's qk_bias is added after the repeat.
 """
 
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
@@ -43,17 +42,6 @@ def causal_attention(
         kernel = cast(Literal["xla", "cudnn"], implementation)
         y_BSHK = jax.nn.dot_product_attention(q_BSHK, k_BSHK, v_BSHK, is_causal=True, implementation=kernel)
     return checkpoint_name(y_BSHK, "attention")
-
-
-def attention_saveable(primitive: jax.extend.core.Primitive, *_: Any, **params: Any) -> bool:
-    """A policy of `jax.checkpoint`: keep attention's output and, of cuDNN's kernel, what its backward pass needs of the
-    softmax; without that, it would run the forward kernel again."""
-    return primitive.name.startswith("dot_product_attention_fwd") or is_named("attention", primitive, params)
-
-
-def is_named(name: str, primitive: jax.extend.core.Primitive, params: dict[str, Any]) -> bool:
-    """Whether the primitive is a `checkpoint_name` of that name."""
-    return primitive.name == "name" and params["name"] == name
 
 
 def resolve(

@@ -62,7 +62,7 @@ def _forward(x_TD, experts_TA, weights_TA, w_gate_EDM, w_up_EDM, w_down_EMD, exp
     weights = weights_TA.astype(x_TD.dtype)
 
     x_ECD = _rows(x_TD, groups.tokens_EC)
-    gate, up = (checkpoint_name(_each(x_ECD, w), "experts") for w in (w_gate_EDM, w_up_EDM))
+    gate, up = (checkpoint_name(_each(x_ECD, w), "gate_up") for w in (w_gate_EDM, w_up_EDM))
     y_ECD = _each(jax.nn.silu(gate) * up, w_down_EMD)
     y_TD = jnp.einsum("tad,ta->td", groups.collect(y_ECD), weights)
 
