@@ -40,8 +40,8 @@ def main() -> None:
         both = jax.jit(lambda q, k, v, d_y, forward=forward: jax.vjp(forward, q, k, v)[1](d_y))
         error = error_against_oracle(forward, both, q, k, v, target)
         assert error < (2e-2 if q.dtype == jnp.bfloat16 else 1e-5), f"{kernel} is off the oracle by {error}"
-        forward_seconds = median_seconds(lambda forward=forward: forward(q, k, v), options.repeats)
-        seconds = median_seconds(lambda both=both: both(q, k, v, target), options.repeats)
+        forward_seconds = median_seconds(lambda forward=forward: forward(q, k, v), options.repeats, calls=10)
+        seconds = median_seconds(lambda both=both: both(q, k, v, target), options.repeats, calls=10)
         report(
             benchmark="attention",
             kernel=kernel,

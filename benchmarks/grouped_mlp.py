@@ -76,7 +76,7 @@ def main() -> None:
         y, vjp = jax.vjp(run, x_ECD, w_gate, w_up, w_down)
         return y, vjp(y)
 
-    seconds = median_seconds(lambda: bound(grid_ECD, *matrices), options.repeats)
+    seconds = median_seconds(lambda: bound(grid_ECD, *matrices), options.repeats, calls=5)
     shapes = {"rows": tokens * active, "experts": experts, "width": width, "hidden": hidden, "dtype": options.dtype}
     report(benchmark="grouped_mlp", case="bound", **shapes, tflops_forward_backward=3 * useful / seconds / 1e12)
 
@@ -90,8 +90,8 @@ def main() -> None:
         )
         assert error < (3e-2 if dtype == jnp.bfloat16 else 1e-4), f"{case}: off the oracle by {error}"
         run_forward = partial(forward, x_TD, experts_TA, weights_TA, *matrices)
-        forward_seconds = median_seconds(run_forward, options.repeats)
-        seconds = median_seconds(partial(both, x_TD, weights_TA, experts_TA, *matrices), options.repeats)
+        forward_seconds = median_seconds(run_forward, options.repeats, calls=5)
+        seconds = median_seconds(partial(both, x_TD, weights_TA, experts_TA, *matrices), options.repeats, calls=5)
         report(
             benchmark="grouped_mlp",
             case=case,
