@@ -5,7 +5,7 @@
 Data: rows of 4097 tokens (tomg-group-umd/huginn-dataset, fetched while training runs: 64 GB of disk at most), 512 rows
 a step, 47 684 steps = 100 B tokens.
 Hardware: 20 bytes a parameter with micro-batches and float32 moments, 14 GB, before activations. Measured on one
-H100 80GB with one micro-batch of 4 sequences: 41.4 GB and 19 655 tokens/s.
+H100 80GB with one micro-batch of 4 sequences: 41.4 GB and 19 136 tokens/s.
 Expected result: not known; nobody has trained it.
 """
 

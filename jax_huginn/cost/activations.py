@@ -69,6 +69,8 @@ class Activations:
         if model.remat == "none":
             return self.bytes(in_hand)
         needed = model.core_layers * (SCORES_NEEDED - SCORES_KEPT) * self._scores()
+        if model.remat == "dots_except_gate_up":  # which every block can compute by itself when its turn comes
+            needed -= (model.core_layers - 1) * 2 * self._hidden(core=True)
         return self.recurrence("none") - self.recurrence() + self.bytes(needed + in_hand)
 
     # ---- elements a token ----------------------------------------------------------------------------------------

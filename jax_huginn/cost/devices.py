@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from jax_huginn.config.checks import require
 from jax_huginn.training.flops import peak_flops
 
-# Shares of the bf16 peak, measured on one H100 80GB (jax 0.11.2): matmuls at about 725 TFLOP/s within the 3.8 B step,
-# cuDNN's causal attention alone, forward at 237, backward at 328 with heads 128 wide and 246 with heads 96 wide, which
-# are padded to 128 (docs/scaling.md).
-MATMUL = 725 / 989.4
-ATTENTION_FORWARD = 237 / 989.4
-ATTENTION_BACKWARD = 328 / 989.4
+# Shares of the bf16 peak, of the kernels in a profile of the 3.8 B step on one H100 80GB, which its power limit then
+# holds at 1.4 GHz (jax 0.11.2, docs/performance.md): matmuls, and cuDNN's causal attention forward and backward. The
+# latter counts twice a forward's FLOPs, and heads 96 wide as the 128 to which it pads them.
+MATMUL = 720 / 989.4
+ATTENTION_FORWARD = 334 / 989.4
+ATTENTION_BACKWARD = 308 / 989.4
 HEAD_WIDTH = 128
-# Share of the memory's bandwidth in all that is no matmul: fitted to one number, the 158 ms that the same step spends
+# Share of the memory's bandwidth in all that is no matmul: fitted to one number, the 159 ms that the same step spends
 # there, which the bytes of `seconds.py` explain at 2.6 TB/s of 3.35.
 MEMORY = 0.77
 # Share of a link's bandwidth that a large collective reaches. An assumption: nothing was run on several GPUs.

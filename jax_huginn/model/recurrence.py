@@ -79,9 +79,10 @@ def iterate(
     if unroll:
         every_step = []
         for index in range(k):
-            if (k - index) % SUMMED_AT_ONCE == 0:
+            if (k - index) % SUMMED_AT_ONCE == 0:  # the sums of these steps before those of the steps before
                 params, injected_BSD, state_BSD = _backward_in_order(params, injected_BSD, state_BSD)
-            state_BSD, seen = step(params, injected_BSD, state_BSD)
+            own = _backward_in_order(params, injected_BSD, state_BSD)  # the gradients of this step before others
+            state_BSD, seen = step(*own)
             every_step.append(seen)
         routings, residuals = jax.tree.map(lambda *leaves: jnp.stack(leaves), *every_step)
     else:
@@ -96,7 +97,7 @@ def iterate(
 def _backward_in_order(*values: Any):
     """The values themselves. In the backward pass all their gradients, as far as they are summed up by there, are
     finished before what lies before is begun: left to itself the compiler puts off weight gradients that nothing waits
-    for, and so keeps the activations of all steps until the end (docs/performance.md)."""
+    for, and so keeps activations, kept and recomputed ones, of many steps (docs/performance.md)."""
     return values
 
 
