@@ -84,10 +84,7 @@ def test_a_run_survives_a_full_disk_and_saves_once_there_is_room(start, tmp_path
     rest, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert "stopped by SIGTERM: saved step" in rest
-    # TensorStore calls back into the closed loop of the save that failed, and prints what that raises (see the docs).
-    # Its threads print at once, so a line may have the beginning of another after it.
-    raised = [line for line in errors.splitlines() if line.startswith(("RuntimeError", "OSError", "ValueError"))]
-    assert all(line.startswith("RuntimeError: Event loop is closed") for line in raised), errors
+    assert "Traceback" not in errors, errors
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1))  # what could not be written was kept
     assert steps[-1] == max(int(path.name) for path in checkpoints.glob("[0-9]*"))

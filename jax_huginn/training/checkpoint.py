@@ -60,6 +60,8 @@ class Checkpoints:
         # Orbax logs a traceback for every failure, of which `_failed` makes a line, and so does asyncio for its tasks.
         for name in ("absl", "asyncio"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
+        if sys.unraisablehook is sys.__unraisablehook__:
+            sys.unraisablehook = _without_late_answers
         self._writer = _new_writer()
         self._commit: threading.Thread | None = None
         if jax.process_index() == 0:
@@ -189,6 +191,13 @@ class Checkpoints:
     def close(self) -> None:
         self.wait()
         self._writer.close()
+
+
+def _without_late_answers(unraisable: Any) -> None:
+    """Python's report of an error that nobody can catch, but for TensorStore's threads: once a save has failed, they
+    still answer to its event loop, which is closed by then."""
+    if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(unraisable)
 
 
 def _new_writer() -> ocp.AsyncCheckpointer:
