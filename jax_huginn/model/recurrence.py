@@ -79,10 +79,10 @@ def iterate(
     if unroll:
         every_step = []
         for index in range(k):
-            if (k - index) % SUMMED_AT_ONCE == 0:  # the sums of these steps before those of the steps before
+            if (k - index) % SUMMED_AT_ONCE == 0:  # the gradients of the steps from here on are added up
                 params, injected_BSD, state_BSD = _backward_in_order(params, injected_BSD, state_BSD)
-            own = _backward_in_order(params, injected_BSD, state_BSD)  # the gradients of this step before others
-            state_BSD, seen = step(*own)
+            inputs = _backward_in_order(params, injected_BSD, state_BSD)  # this step's own gradients are finished
+            state_BSD, seen = step(*inputs)
             every_step.append(seen)
         routings, residuals = jax.tree.map(lambda *leaves: jnp.stack(leaves), *every_step)
     else:
