@@ -125,7 +125,7 @@ def run_torch(config: Config, rows: np.ndarray, options: argparse.Namespace) -> 
     import torch
 
     import torch_reference
-    from jax_huginn.interop.description import model_config
+    from jax_huginn.interop.model_config import model_config
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, config.model.dtype)

@@ -18,10 +18,7 @@ import numpy as np
 
 from benchmarks.common import override, report
 from configs.huginn_3_5b import get_config
-from jax_huginn.interop.description import huggingface_config
-from jax_huginn.interop.huggingface import SHARD_BYTES
-from jax_huginn.interop.safetensors_files import write_shards
-from jax_huginn.interop.weights import (
+from jax_huginn.interop.foreign_weights import (
     EMBEDDING,
     FLOATS,
     FREQUENCIES,
@@ -29,6 +26,9 @@ from jax_huginn.interop.weights import (
     frequencies,
     tensor_shapes,
 )
+from jax_huginn.interop.huggingface import SHARD_BYTES
+from jax_huginn.interop.model_config import huggingface_config
+from jax_huginn.interop.safetensors_files import write_shards
 from jax_huginn.model.huginn import abstract_model
 
 

@@ -12,7 +12,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="tokenizer folder, where X comes without one")
     options = parser.parse_args()
 
-    from jax_huginn.interop.files import open_weights
+    from jax_huginn.interop.open_weights import open_weights
     from jax_huginn.training.weights import write_run
 
     weights = open_weights(options.weights)

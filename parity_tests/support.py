@@ -21,7 +21,7 @@ from flax import nnx
 import torch_reference
 from conftest import small_config
 from jax_huginn.config.schema import Config
-from jax_huginn.interop.description import model_config
+from jax_huginn.interop.model_config import model_config
 from jax_huginn.interop.names import to_torch
 from jax_huginn.model import moe
 from jax_huginn.model.huginn import HuginnOutput, MoEHuginnModel, abstract_model

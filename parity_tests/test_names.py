@@ -13,7 +13,7 @@ import torch_reference
 from conftest import small_config
 from jax_huginn.config.cli import load_preset
 from jax_huginn.config.presets import MoEHuginnConfig700M
-from jax_huginn.interop.description import model_config
+from jax_huginn.interop.model_config import model_config
 from jax_huginn.interop.names import from_torch, mappings, params_of, to_torch
 from jax_huginn.interop.pth import write_pth
 from jax_huginn.model.huginn import MoEHuginnModel, abstract_model

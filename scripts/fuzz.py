@@ -44,8 +44,8 @@ from jax_huginn.config.checks import ConfigError
 from jax_huginn.config.dicts import to_dict
 from jax_huginn.config.schema import Config, ModelConfig, MoEConfig, RecurrenceConfig, TrainConfig
 from jax_huginn.interop.errors import WeightsError
-from jax_huginn.interop.files import open_weights
 from jax_huginn.interop.huggingface import write_huggingface
+from jax_huginn.interop.open_weights import open_weights
 from jax_huginn.interop.pth import write_pth
 from jax_huginn.model.huginn import abstract_model
 from jax_huginn.training.checkpoint import CheckpointError, config_of, find_step

@@ -240,7 +240,7 @@ def test_reading_and_importing_need_no_torch(imported, tmp_path):
     write_pth(load_checkpoint(imported), tmp_path / "model.pth", dtype="bfloat16")
     program = (
         "import sys; sys.modules['torch'] = None\n"
-        "from jax_huginn.interop.files import open_weights\n"
+        "from jax_huginn.interop.open_weights import open_weights\n"
         "tensors = lambda path: open_weights(path).tensors.values()\n"
         "print([sum(float(abs(t.read().astype('f')).sum()) for t in tensors(path)) for path in sys.argv[1:]])"
     )

@@ -12,8 +12,8 @@ from jax_huginn.config.dicts import from_dict, to_dict
 from jax_huginn.config.errors import LONGEST, OneLineError
 from jax_huginn.config.schema import Config
 from jax_huginn.interop.errors import WeightsError
-from jax_huginn.interop.files import open_weights
-from jax_huginn.interop.inert import TorchArchive
+from jax_huginn.interop.open_weights import open_weights
+from jax_huginn.interop.torch_archive import TorchArchive
 from scripts.fuzz import TARGETS, fuzz, make_files
 
 

@@ -11,9 +11,9 @@ from interop_support import random_model
 from safetensors.torch import load_file, save_file
 
 from jax_huginn.interop.errors import WeightsError
-from jax_huginn.interop.files import open_weights
 from jax_huginn.interop.huggingface import read_huggingface, write_huggingface
 from jax_huginn.interop.names import params_of, to_torch
+from jax_huginn.interop.open_weights import open_weights
 
 FILES = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 

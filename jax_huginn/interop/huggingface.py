@@ -12,11 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jax_huginn.interop.description import config_of_huggingface, huggingface_config
 from jax_huginn.interop.errors import ExportError, WeightsError, check_target
-from jax_huginn.interop.names import params_of, to_torch
-from jax_huginn.interop.safetensors_files import INDEX, SINGLE, read_tensors, write_shards
-from jax_huginn.interop.weights import (
+from jax_huginn.interop.foreign_weights import (
     EMBEDDING,
     FLOATS,
     FREQUENCIES,
@@ -27,6 +24,9 @@ from jax_huginn.interop.weights import (
     frequencies,
     tensor_shapes,
 )
+from jax_huginn.interop.model_config import config_of_huggingface, huggingface_config
+from jax_huginn.interop.names import params_of, to_torch
+from jax_huginn.interop.safetensors_files import INDEX, SINGLE, read_tensors, write_shards
 
 if TYPE_CHECKING:
     from jax_huginn.model.huginn import MoEHuginnModel

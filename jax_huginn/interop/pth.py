@@ -12,16 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jax_huginn.interop.description import config_of, model_config
 from jax_huginn.interop.errors import ExportError, WeightsError, check_target
-from jax_huginn.interop.inert import Inert, TorchArchive, plain
+from jax_huginn.interop.foreign_weights import EMBEDDING, FREQUENCIES, LM_HEAD, LazyArray, Weights, checked, frequencies
+from jax_huginn.interop.model_config import config_of, model_config
 from jax_huginn.interop.names import params_of, to_torch
-from jax_huginn.interop.weights import EMBEDDING, FREQUENCIES, LM_HEAD, LazyArray, Weights, checked, frequencies
+from jax_huginn.interop.torch_archive import Inert, TorchArchive, plain
 
 if TYPE_CHECKING:
     from jax_huginn.model.huginn import MoEHuginnModel
-
-__all__ = ["PREFIX", "ExportError", "model_config", "read_pth", "write_pth"]
 
 PREFIX = "_orig_mod._original_module."
 """What torch.compile and the public training wrapper put before every name."""

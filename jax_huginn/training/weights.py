@@ -18,8 +18,8 @@ from flax import nnx
 from jax_huginn.config.dicts import to_dict
 from jax_huginn.config.schema import Config
 from jax_huginn.interop.errors import WeightsError
-from jax_huginn.interop.files import open_weights
-from jax_huginn.interop.weights import LazyArray, Weights
+from jax_huginn.interop.foreign_weights import LazyArray, Weights
+from jax_huginn.interop.open_weights import open_weights
 from jax_huginn.training import step_folders
 from jax_huginn.training.checkpoint import CheckpointError, config_of, find_step, restore_params
 from jax_huginn.training.checksums import as_hex, checksum

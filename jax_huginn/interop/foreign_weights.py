@@ -12,8 +12,8 @@ import ml_dtypes
 import numpy as np
 
 from jax_huginn.config.schema import Config
-from jax_huginn.interop.description import Dtype
 from jax_huginn.interop.errors import WeightsError
+from jax_huginn.interop.model_config import Dtype
 from jax_huginn.interop.names import mapping_of, mappings
 from jax_huginn.model.huginn import abstract_model
 from jax_huginn.ops.rope import rope_table

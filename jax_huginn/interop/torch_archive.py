@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from jax_huginn.interop.errors import WeightsError
-from jax_huginn.interop.weights import LazyArray
+from jax_huginn.interop.foreign_weights import LazyArray
 
 _DTYPES = {
     "DoubleStorage": np.float64,

@@ -3,9 +3,9 @@
 import os
 from pathlib import Path
 
+from jax_huginn.interop.foreign_weights import Weights
 from jax_huginn.interop.huggingface import read_huggingface
 from jax_huginn.interop.pth import read_pth
-from jax_huginn.interop.weights import Weights
 
 
 def open_weights(path: str | os.PathLike) -> Weights:
