@@ -13,7 +13,15 @@ import pytest
 
 jax.config.update("jax_enable_x64", True)
 
-from jax_huginn.config.schema import Config, DataConfig, ModelConfig, MoEConfig, RecurrenceConfig, TrainConfig
+from jax_huginn.config.schema import (
+    ComputeConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    MoEConfig,
+    RecurrenceConfig,
+    TrainConfig,
+)
 
 
 def small_config(**sections: dict) -> Config:
@@ -30,9 +38,8 @@ def small_config(**sections: dict) -> Config:
             coda_layers=1,
             max_length=128,
             dtype="float32",
-            remat="none",
-            loss_chunk=48,
         ),
+        compute=ComputeConfig(remat="none", loss_chunk=48),
         moe=MoEConfig(experts=4, active=2, width=24, z_weight=0.001),
         recurrence=RecurrenceConfig(mean=6, backprop_depth=4),
         train=TrainConfig(steps=20, batch_size=4, sequence_length=64),

@@ -1,6 +1,6 @@
 """Our JAX model against our Torch twin under torch.compile: the same maths on the same device, one after the other.
 
-    python benchmarks/against_torch.py --config configs/huginn_3_5b.py --set model.remat=dots model.unroll=true
+    python benchmarks/against_torch.py --config configs/huginn_3_5b.py --set compute.remat=dots compute.unroll=true
     python benchmarks/against_torch.py --config configs/moe.py --batch 8 --n 1 --k 3 --optimizer       # on a CPU
 
 Forward and backward of one batch in `model.dtype`; with --optimizer the full step: master weights in
@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from benchmarks.common import median_seconds, override, peak_gigabytes, report
-from jax_huginn.config.cli import load_preset
+from jax_huginn.config.presets import load_config
 from jax_huginn.config.schema import Config
 from jax_huginn.training.host_memory import keep_freed_memory
 
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="SECTION.FIELD=VALUE")
     parser.add_argument("--side", choices=["jax", "torch"], help=argparse.SUPPRESS)
     options = parser.parse_args()
-    config = load_preset(options.config)
+    config = load_config(options.config)
     train = dataclasses.replace(config.train, batch_size=options.batch, micro_batches=1)
     config = override(dataclasses.replace(config, train=train), options.set)
     rows = np.random.default_rng(0).integers(

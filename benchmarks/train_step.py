@@ -1,6 +1,6 @@
 """A preset's full training step: seconds, tokens/s, MFU and memory, at given depths (n, k) of one compilation.
 
-    python benchmarks/train_step.py --config configs/moe_3_8b.py --batch 1 --set model.remat=dots model.unroll=true
+    python benchmarks/train_step.py --config configs/moe_3_8b.py --batch 1 --set compute.remat=dots compute.unroll=true
     python benchmarks/train_step.py --config configs/moe_3_8b.py --depths 25,8 0,8 50,8 0,4 --cache FOLDER
 
 One process measures one case, since peak memory is a process's. `start_seconds` is the time from the start of the
@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from benchmarks.common import median_seconds, override, peak_gigabytes, report
-from jax_huginn.config.cli import load_preset
+from jax_huginn.config.presets import load_config
 from jax_huginn.training.flops import peak_flops, training_flops
 from jax_huginn.training.step import init_state, make_train_step
 
@@ -43,7 +43,7 @@ def main() -> None:
 
     if options.cache:
         jax.config.update("jax_compilation_cache_dir", options.cache)
-    config = load_preset(options.config)
+    config = load_config(options.config)
     sequences = options.batch * options.micro_batches
     train = dataclasses.replace(config.train, batch_size=sequences, micro_batches=options.micro_batches)
     config = dataclasses.replace(config, train=train)

@@ -9,6 +9,7 @@ Expected result: the public run's, arXiv 2502.05171; not repeated here.
 """
 
 from jax_huginn.config.schema import (
+    ComputeConfig,
     Config,
     DataConfig,
     ModelConfig,
@@ -22,7 +23,8 @@ from jax_huginn.config.schema import (
 def get_config() -> Config:
     return Config(
         run_dir="runs/huginn_3_5b",
-        model=ModelConfig(width=5280, heads=55, kv_heads=55, mlp_width=17920, unroll=True),
+        model=ModelConfig(width=5280, heads=55, kv_heads=55, mlp_width=17920),
+        compute=ComputeConfig(unroll=True),
         moe=MoEConfig(experts=0),
         recurrence=RecurrenceConfig(mean=32, backprop_depth=8),
         train=TrainConfig(steps=47_684, batch_size=4096, sequence_length=4096, micro_batches=4096),

@@ -8,6 +8,7 @@ Expected result: held-out bits per byte 1.835 at one recurrence, 1.814 at the me
 
 from jax_huginn.config.schema import (
     CheckpointConfig,
+    ComputeConfig,
     Config,
     DataConfig,
     LogConfig,
@@ -33,10 +34,9 @@ def get_config() -> Config:
             core_layers=1,
             coda_layers=1,
             max_length=256,
-            loss_chunk=512,
             dtype="float32",
-            remat="none",
         ),
+        compute=ComputeConfig(remat="none", loss_chunk=512),
         moe=MoEConfig(experts=8, active=2, width=256),
         recurrence=RecurrenceConfig(mean=4, backprop_depth=3),
         train=TrainConfig(steps=550, batch_size=8, sequence_length=256),

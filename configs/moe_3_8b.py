@@ -6,12 +6,13 @@ Data: rows of 4097 tokens (tomg-group-umd/huginn-dataset, fetched while training
 a step, 47 684 steps = 800 B tokens.
 Hardware: weights and moments as kept here take 31 GB, the step's bfloat16 copies 15 GB and, with more than one
 micro-batch, the sum of gradients 15 GB more. Measured on one H100 80GB with micro-batches: 65.4 GB and 2737 tokens/s;
-with --model.remat dots_except_gate_up 74.6 GB and 2962 tokens/s. On 8 GPUs with --parallel.fsdp 8
---train.micro_batches 512 --model.remat dots the compiler needs 39.5 GB a GPU, for 256 micro-batches 58 GB.
+with --compute.remat dots_except_gate_up 74.6 GB and 2962 tokens/s. On 8 GPUs with --parallel.fsdp 8
+--train.micro_batches 512 --compute.remat dots the compiler needs 39.5 GB a GPU, for 256 micro-batches 58 GB.
 Expected result: not known; nobody has trained it. Rate, warmup and clipping are those of the public dense run.
 """
 
 from jax_huginn.config.schema import (
+    ComputeConfig,
     Config,
     DataConfig,
     ModelConfig,
@@ -25,7 +26,8 @@ from jax_huginn.config.schema import (
 def get_config() -> Config:
     return Config(
         run_dir="runs/moe_3_8b",
-        model=ModelConfig(width=5280, heads=55, kv_heads=55, mlp_width=17920, unroll=True),
+        model=ModelConfig(width=5280, heads=55, kv_heads=55, mlp_width=17920),
+        compute=ComputeConfig(unroll=True),
         moe=MoEConfig(experts=8, active=2, width=1792),
         recurrence=RecurrenceConfig(mean=32, backprop_depth=8),
         train=TrainConfig(steps=47_684, batch_size=4096, sequence_length=4096, micro_batches=4096),

@@ -31,7 +31,7 @@ torch.set_num_threads(1)  # tensors this small lose tenfold to threads that wait
 
 KINDS: dict[str, dict[str, dict[str, Any]]] = {
     "dense": {"moe": {"experts": 0}},
-    "grouped": {"moe": {"experts": 0}, "model": {"kv_heads": 2, "remat": "full"}},
+    "grouped": {"moe": {"experts": 0}, "model": {"kv_heads": 2}, "compute": {"remat": "full"}},
     "injection": {},
     "residual": {"moe": {"residual": True}},
     "core": {"moe": {"placement": "core"}},

@@ -11,8 +11,7 @@ import torch
 
 import torch_reference
 from conftest import small_config
-from jax_huginn.config.cli import load_preset
-from jax_huginn.config.presets import MoEHuginnConfig700M
+from jax_huginn.config.presets import MoEHuginnConfig700M, load_config
 from jax_huginn.interop.model_config import model_config
 from jax_huginn.interop.names import from_torch, mappings, params_of, to_torch
 from jax_huginn.interop.pth import write_pth
@@ -37,7 +36,7 @@ PRESETS = sorted(Path(__file__).parents[1].glob("configs/*.py"))
 @pytest.mark.parametrize("preset", PRESETS, ids=[preset.stem for preset in PRESETS])
 def test_every_parameter_of_a_preset_has_exactly_the_name_and_shape_that_torch_gives_it(preset):
     """Each parameter is mapped once, no name is used twice, none is left out on either side."""
-    config = load_preset(str(preset))
+    config = load_config(str(preset))
     _, abstract = abstract_model(config)
     with torch.device("meta"):
         twin = torch_reference.MoEHuginnModel(twin_config(config), seed=None)
@@ -87,7 +86,7 @@ def test_an_exported_pth_is_the_same_model_in_torch(kind, tmp_path):
 def test_the_700m_preset_is_the_same_shape_in_both_packages():
     """All that shapes the model; the name is a label."""
     expected = torch_reference.MoEHuginnConfig700M()
-    for config in (MoEHuginnConfig700M(), load_preset(str(PRESETS[0].parent / "moe_700m.py"))):
+    for config in (MoEHuginnConfig700M(), load_config(str(PRESETS[0].parent / "moe_700m.py"))):
         assert dataclasses.replace(twin_config(config), name=expected.name) == expected
 
 

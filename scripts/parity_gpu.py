@@ -126,11 +126,10 @@ def gpu_config(kind: str, dtype: str, attention: str = "auto") -> Config:
         "kv_heads": 4,
         "mlp_width": 512,
         "vocab_size": 512,
-        "loss_chunk": 256,
         "dtype": dtype,
         "param_dtype": "float64" if dtype == "float64" else "float32",
-        "attention": attention,
     }
+    sections["compute"] = sections.get("compute", {}) | {"loss_chunk": 256, "attention": attention}
     sections["moe"] = sections.get("moe", {}) | {"width": 128}
     return small_config(**sections)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 from pathlib import Path
 
 import jax
@@ -10,8 +11,16 @@ import pytest
 
 from jax_huginn import MoEHuginnConfig700M, MoEHuginnModel
 from jax_huginn.config.checks import ConfigError
-from jax_huginn.config.cli import load_preset, parse_config
-from jax_huginn.config.dicts import from_dict, to_dict
+from jax_huginn.config.cli import parse_config, run_verb
+from jax_huginn.config.compatibility import (
+    MAY_CHANGE_FIELDS,
+    changes,
+    describe_may_change,
+    differences_of_model,
+)
+from jax_huginn.config.dicts import flatten, from_dict, to_dict
+from jax_huginn.config.overrides import override
+from jax_huginn.config.presets import load_config
 from jax_huginn.config.schema import Config, MoEConfig
 from jax_huginn.model.huginn import abstract_model
 from jax_huginn.training.step import init_state
@@ -25,7 +34,7 @@ MOE = str(ROOT / "configs/moe.py")
     [("moe_700m", 709_480_448), ("moe_3_8b", 3_820_491_840), ("huginn_3_5b", 3_564_976_800)],
 )
 def test_large_presets_have_the_designed_size_without_being_allocated(preset, parameters):
-    config = load_preset(str(ROOT / f"configs/{preset}.py"))
+    config = load_config(str(ROOT / f"configs/{preset}.py"))
     _, params = abstract_model(config)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == parameters
     state = jax.eval_shape(lambda: init_state(config))
@@ -35,12 +44,12 @@ def test_large_presets_have_the_designed_size_without_being_allocated(preset, pa
 
 
 def test_the_default_preset_is_a_few_million_parameters():
-    _, params = abstract_model(load_preset(MOE))
+    _, params = abstract_model(load_config(MOE))
     assert 1e6 < sum(leaf.size for leaf in jax.tree.leaves(params)) < 10e6
 
 
 def test_the_exported_700m_config_is_the_preset():
-    preset = load_preset(str(ROOT / "configs/moe_700m.py"))
+    preset = load_config(str(ROOT / "configs/moe_700m.py"))
     assert (preset.model, preset.moe, preset.recurrence) == (
         MoEHuginnConfig700M().model, MoEHuginnConfig700M().moe, MoEHuginnConfig700M().recurrence
     )  # fmt: skip
@@ -68,7 +77,7 @@ def test_overrides_take_dashes_underscores_and_booleans_in_any_case():
 
 
 def test_a_config_survives_its_json():
-    config = load_preset(MOE)
+    config = load_config(MOE)
     assert from_dict(to_dict(config)) == config
 
 
@@ -86,6 +95,12 @@ def test_a_config_survives_its_json():
         (["--moe.placement", "cor"], ["'cor'", "'injection', 'core'"]),
         (["--log.wandb", "maybe"], ["'maybe'"]),
         (["stray"], ["stray"]),
+        (["--train.steps"], ["--train.steps needs a value"]),
+        (["--train.steps", "3", "4"], ["--train.steps takes one value"]),
+        (["--optimizer.learning_rate", "inf"], ["optimizer.learning_rate=inf", "finite"]),
+        (["--moe.balance_weight", "nan"], ["moe.balance_weight=nan"]),
+        (["--run_dir", ""], ["run_dir=''"]),
+        (["--profile.steps", "10:13", "--train.steps", "6"], ["profile.steps=10:13", "train.steps=6"]),
     ],
 )
 def test_a_mistake_gets_one_line_that_names_the_value(arguments, words):
@@ -142,3 +157,131 @@ def test_dense_is_a_config_without_experts(make_config):
     assert not hasattr(model, "moe")
     assert MoEConfig(experts=0).experts == 0
     assert np.isfinite(model(np.zeros((1, 64), np.int32), (1, 1)).logits).all()
+
+
+# ---- Config files ----------------------------------------------------------------------------------------------------
+
+
+def test_a_runs_own_config_json_is_a_config_file(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(to_dict(load_config(MOE))))
+    config = parse_config(["--config", str(file), "--run_dir", "~/again", "--train.steps", "3"])
+    assert config.train.steps == 3
+    assert config.run_dir == str(Path.home() / "again")
+    assert config.model == load_config(MOE).model
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("x.yaml", "train: 3", ["x.yaml", "Python file"]),
+        ("x.json", "{", ["x.json", "cannot be read"]),
+        ("x.json", '{"bogus": 1}', ["x.json", "bogus"]),
+        ("x.py", "def get_config():\n    x = 1\n    return x + 'a'", ["line 3", "TypeError"]),
+        ("x.py", "def get_config(:", ["line 1", "SyntaxError"]),
+    ],
+)
+def test_a_file_that_gives_no_config_is_one_line(tmp_path, name, content, words):
+    file = tmp_path / name
+    file.write_text(content)
+    with pytest.raises(ConfigError) as error:
+        load_config(str(file))
+    assert all(word in str(error.value) for word in words)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_names_the_config_inside(tmp_path):
+    with pytest.raises(ConfigError, match="is a folder: give a preset"):
+        load_config(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=f"give --config {tmp_path}/config.json"):
+        load_config(str(tmp_path))
+
+
+def test_a_preset_may_use_annotations_dataclasses_and_its_neighbours(tmp_path):
+    (tmp_path / "neighbour_of_a_preset.py").write_text("WIDTH = 64")
+    file = tmp_path / "preset.py"
+    file.write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "from neighbour_of_a_preset import WIDTH\n"
+        "from jax_huginn.config.schema import Config, ModelConfig\n"
+        "@dataclass\nclass Sizes:\n    width: int = WIDTH\n"
+        "def get_config() -> Config:\n"
+        "    return Config(model=ModelConfig(width=Sizes().width, heads=2, kv_heads=2))\n"
+    )
+    assert load_config(str(file)).model.width == 64
+
+
+def test_help_without_a_preset_lists_the_presets(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as exit_:
+        parse_config(["--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    for file in (ROOT / "configs").glob("*.py"):
+        assert f"configs/{file.name}  " in text
+
+
+# ---- Users' mistakes and bugs ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [
+        lambda: np.zeros(3).sum(axis=2),  # NumPy's AxisError is a ValueError
+        lambda: b"\xff".decode(),  # and so is UnicodeDecodeError
+        lambda: json.loads("{"),
+        lambda: int("x"),
+    ],
+    ids=["AxisError", "UnicodeDecodeError", "JSONDecodeError", "ValueError"],
+)
+def test_a_bug_keeps_its_traceback(bug):
+    with pytest.raises(ValueError):  # noqa: PT011  (whatever it is, it is not turned into an exit)
+        run_verb(bug)
+
+
+def test_a_users_mistake_is_one_line_and_status_2(capsys):
+    def mistake():
+        raise ConfigError("train.steps=0 must be positive\nor else")
+
+    with pytest.raises(SystemExit) as exit_:
+        run_verb(mistake)
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == "error: train.steps=0 must be positive?or else\n"
+
+
+# ---- Old names, and what may change ----------------------------------------------------------------------------------
+
+
+def test_old_names_are_read_from_old_folders_and_commands():
+    old = to_dict(load_config(MOE))
+    compute = old.pop("compute")
+    old["train"]["deterministic"] = compute.pop("deterministic")
+    old["model"] |= compute
+    assert from_dict(old) == load_config(MOE)
+    config = parse_config(["--config", MOE, "--model.remat", "dots", "--train.deterministic", "true"])
+    assert (config.compute.remat, config.compute.deterministic) == ("dots", True)
+
+
+def test_what_may_change_is_whole_sections_and_named_fields():
+    old = load_config(MOE)
+    may = ["--compute.remat", "full", "--train.steps", "9", "--parallel.fsdp", "2", "--data.bad_rows", "stop"]
+    assert changes(old, override(old, may)) == []
+    for words in (["--model.dtype", "bfloat16"], ["--model.max_length", "512"], ["--train.seed", "1"]):
+        assert len(changes(old, override(old, words))) == 1
+    dropping = override(old, ["--parallel.data", "1", "--parallel.dispatch", "all_to_all"])
+    assert changes(old, dropping)
+    assert all(name in flatten(to_dict(old)) for name in MAY_CHANGE_FIELDS)
+
+
+def test_weights_fit_whatever_the_type_length_and_loss_weights():
+    ours = load_config(MOE)
+    same = ["--model.dtype", "bfloat16", "--model.max_length", "512", "--moe.balance_weight", "0"]
+    assert differences_of_model(ours, override(ours, same)) == []
+    assert differences_of_model(ours, override(ours, ["--model.norm_eps", "1e-5"])) == [("model.norm_eps", 1e-6, 1e-5)]
+
+
+def test_the_guide_says_what_may_change():
+    text = " ".join((ROOT / "docs/training_guide.md").read_text().split())
+    assert describe_may_change() in text

@@ -1,6 +1,5 @@
 """`python -m jax_huginn.export` and `import_checkpoint`: every bit arrives, in Torch, in the layouts others read."""
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -48,9 +47,7 @@ PUBLIC_ARGUMENTS = [
 def assert_same(ours: MoEHuginnModel, theirs: MoEHuginnModel) -> None:
     """Every weight to the bit, and all that shapes the model."""
     jax.tree.map(np.testing.assert_array_equal, params_of(ours), params_of(theirs))
-    shape, other = (dataclasses.replace(each.config.model, attention="auto", remat="full", loss_chunk=1)
-                    for each in (ours, theirs))  # fmt: skip
-    assert shape == other
+    assert ours.config.model == theirs.config.model
     assert ours.config.recurrence == theirs.config.recurrence
     assert ours.config.moe.experts == 0 == theirs.config.moe.experts or ours.config.moe == theirs.config.moe
 

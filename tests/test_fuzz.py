@@ -7,9 +7,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from jax_huginn.config.checks import ConfigError
+from jax_huginn.config.checks import LONGEST, ConfigError, UserError
 from jax_huginn.config.dicts import from_dict, to_dict
-from jax_huginn.config.errors import LONGEST, OneLineError
 from jax_huginn.config.schema import Config
 from jax_huginn.interop.errors import WeightsError
 from jax_huginn.interop.open_weights import open_weights
@@ -47,7 +46,7 @@ def test_the_fuzzer_tells_what_is_no_error_of_ours(monkeypatch):
 
 
 def test_an_error_is_one_line_of_what_can_be_printed():
-    text = str(OneLineError("a\nb\x1b[2J\u202e c" + "x" * 9999))
+    text = str(UserError("a\nb\x1b[2J\u202e c" + "x" * 9999))
     assert text.startswith("a?b?[2J? c") and len(text) < LONGEST + 10
 
 
@@ -86,7 +85,7 @@ def test_a_model_of_a_million_blocks_is_refused_before_it_is_made(good):
     [
         ("model", "width", 32.0),
         ("model", "width", True),
-        ("model", "attention", "fast"),
+        ("compute", "attention", "fast"),
         ("model", "dtype", {"a": 1}),
         ("optimizer", "weight_decay", "0.1"),
         ("validation", "depths", [1, "2"]),

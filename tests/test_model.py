@@ -61,7 +61,7 @@ def test_one_compilation_serves_every_sampled_depth(make_config, moe):
 @pytest.mark.parametrize("remat", ["dots", "dots_except_gate_up", "attention", "full"])
 def test_rematerialisation_changes_memory_but_not_gradients(make_config, remat):
     def loss(remat):
-        config = make_config(model={"remat": remat, "dtype": "float64", "param_dtype": "float64"})
+        config = make_config(compute={"remat": remat}, model={"dtype": "float64", "param_dtype": "float64"})
         graphdef, params = nnx.split(MoEHuginnModel(config, seed=0))
         tokens = tokens_of(config)
         gradient = jax.jit(jax.grad(lambda params: nnx.merge(graphdef, params)(tokens, (1, 4), labels=tokens).loss))
@@ -81,7 +81,8 @@ def test_what_each_policy_multiplies_again(make_config, moe):
     """
 
     def matmuls(remat):
-        config = make_config(moe=moe, model={"remat": remat, "core_layers": 1, "prelude_layers": 0, "coda_layers": 0})
+        layers = {"core_layers": 1, "prelude_layers": 0, "coda_layers": 0}
+        config = make_config(moe=moe, compute={"remat": remat}, model=layers)
         graphdef, params = nnx.split(MoEHuginnModel(config, seed=0))
         tokens = tokens_of(config)
         loss = lambda params: nnx.merge(graphdef, params)(tokens, (0, 1), labels=tokens).loss  # noqa: E731
@@ -100,8 +101,9 @@ def test_steps_written_out_have_the_gradients_of_a_loop(make_config, moe):
     k = SUMMED_AT_ONCE + 1
 
     def gradients(unroll):
-        model = {"unroll": unroll, "remat": "dots", "dtype": "float64", "param_dtype": "float64", "core_layers": 1}
-        config = make_config(moe=moe, model=model, recurrence={"mean": 8, "backprop_depth": k})
+        compute = {"unroll": unroll, "remat": "dots"}
+        model = {"dtype": "float64", "param_dtype": "float64", "core_layers": 1}
+        config = make_config(moe=moe, compute=compute, model=model, recurrence={"mean": 8, "backprop_depth": k})
         graphdef, params = nnx.split(MoEHuginnModel(config))
         tokens = tokens_of(config)
         loss = lambda params: nnx.merge(graphdef, params)(tokens, (2, k), labels=tokens).loss  # noqa: E731

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jax_huginn.config.checks import ConfigError
-from jax_huginn.config.parallel import ParallelConfig
+from jax_huginn.config.schema import ParallelConfig
 from jax_huginn.model.initializers import random_state
 from jax_huginn.parallel.mesh import make_mesh, mesh_sizes, require_fit
 from jax_huginn.parallel.processes import by_launcher

@@ -10,7 +10,7 @@ import pytest
 
 import jax_huginn.plan
 from jax_huginn.config.checks import ConfigError
-from jax_huginn.config.cli import load_preset
+from jax_huginn.config.presets import load_config
 from jax_huginn.cost import compiled
 from jax_huginn.cost.devices import DEVICES
 from jax_huginn.cost.plan import Cluster, best_meshes, mean_depth, plan_mesh
@@ -39,15 +39,15 @@ H100 = Cluster(DEVICES["h100"], 1, 1)
 DOTS = {"remat": "dots", "unroll": True}
 
 
-def preset(name: str, batch: int, **model):
-    config = load_preset(str(ROOT / f"configs/{name}.py"))
+def preset(name: str, batch: int, **compute):
+    config = load_config(str(ROOT / f"configs/{name}.py"))
     train = dataclasses.replace(config.train, batch_size=batch, micro_batches=1)
-    return dataclasses.replace(config, train=train, model=dataclasses.replace(config.model, **model))
+    return dataclasses.replace(config, train=train, compute=dataclasses.replace(config.compute, **compute))
 
 
 # Measured on one H100 80GB, jax 0.11.2, n=25, k=8 (docs/scaling.md).
 @pytest.mark.parametrize(
-    ("name", "batch", "micro_batches", "model", "seconds", "gigabytes"),
+    ("name", "batch", "micro_batches", "compute", "seconds", "gigabytes"),
     [
         ("moe_3_8b", 1, 1, {"remat": "full"}, 1.466, 45.6),
         ("moe_3_8b", 1, 1, DOTS, 1.268, 65.0),
@@ -67,7 +67,7 @@ def test_one_gpu_is_predicted_within_a_twentieth(name, batch, micro_batches, mod
 
 def test_mean_depth_is_the_samplers():
     """The public implementation's means over 200 000 draws are 25.0 and 7.98."""
-    n, k = mean_depth(load_preset(str(ROOT / "configs/moe_3_8b.py")))
+    n, k = mean_depth(load_config(str(ROOT / "configs/moe_3_8b.py")))
     assert n == pytest.approx(25.0, abs=0.6)
     assert k == pytest.approx(7.98, abs=0.02)
 

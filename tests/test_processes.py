@@ -23,7 +23,8 @@ from jax_huginn.config.schema import *
 def get_config():
     return Config(
         model=ModelConfig(vocab_size=300, width=16, heads=2, kv_heads=2, mlp_width=24, prelude_layers=0, core_layers=1,
-            coda_layers=0, max_length=16, dtype="float32", remat="none"),
+            coda_layers=0, max_length=16, dtype="float32"),
+        compute=ComputeConfig(remat="none"),
         moe=MoEConfig(experts=2, active=1, width=8),
         recurrence=RecurrenceConfig(mean=3, backprop_depth=2),
         optimizer=OptimizerConfig(warmup_steps=2),

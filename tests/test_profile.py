@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from jax_huginn.config.checks import ConfigError
-from jax_huginn.config.profile import ProfileConfig
+from jax_huginn.config.schema import ProfileConfig
 from jax_huginn.training.profile import Profile
 
 

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jax_huginn.config.checks import ConfigError
-from jax_huginn.config.durations import seconds_of
+from jax_huginn.config.checks import ConfigError, seconds_of
 from jax_huginn.config.schema import CheckpointConfig
 from jax_huginn.training.stopping import Deadline, Stop, deadline_of
 

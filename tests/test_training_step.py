@@ -154,9 +154,9 @@ def test_gini():
 
 def test_flops_of_the_public_shape():
     """25 + 8 recurrences of the dense 3.565 B shape at sequence 4096, counted by hand."""
-    from jax_huginn.config.cli import load_preset
+    from jax_huginn.config.presets import load_config
 
-    config = load_preset("configs/huginn_3_5b.py")
+    config = load_config("configs/huginn_3_5b.py")
     d, f, s = 5280, 17920, 4096
     block = 2 * (4 * d * d + 3 * d * f) + 2 * s * d
     recurrence = 4 * block + 4 * d * d

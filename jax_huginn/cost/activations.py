@@ -1,4 +1,4 @@
-"""Bytes of activations on one device, by what `model.remat` keeps for the backward pass and computes again in it.
+"""Bytes of activations on one device, by what `compute.remat` keeps for the backward pass and computes again in it.
 
 Elements a token: D width, F MLP hidden width, H query heads, G key heads, K head width, E experts, A of them active,
 M expert hidden width, S sequence.
@@ -41,20 +41,21 @@ class Activations:
     def outside(self) -> int:
         """Kept of prelude and MoE until the end, and what every recurrence receives of the embedding."""
         model, moe = self.config.model, self.config.moe
-        kept = model.prelude_layers * (model.width + self._block(model.remat))
+        kept = model.prelude_layers * (model.width + self._block(self.config.compute.remat))
         if moe.experts and moe.placement == "injection":
-            kept += 2 * model.width + self._moe(model.remat)  # its input, and its output, which a norm reads
+            kept += 2 * model.width + self._moe(
+                self.config.compute.remat
+            )  # its input, and its output, which a norm reads
         return self.bytes(kept + model.width)
 
     def coda(self) -> int:
         model = self.config.model
-        return self.bytes(model.width + model.coda_layers * (model.width + self._block(model.remat)))
+        return self.bytes(model.width + model.coda_layers * (model.width + self._block(self.config.compute.remat)))
 
     def recurrence(self, remat: str | None = None) -> int:
-        """Kept of one recurrence with gradient: its state, and what a policy, `model.remat` unless given, keeps of its
-        blocks."""
+        """Bytes kept of a recurrence with gradient: its state, and what the policy (default: `compute.remat`) keeps."""
         model = self.config.model
-        remat = remat or model.remat
+        remat = remat or self.config.compute.remat
         adapter = 0 if remat in ("full", "attention") else model.width
         return self.bytes(model.width + adapter + model.core_layers * self._block(remat, core=True))
 
@@ -66,10 +67,12 @@ class Activations:
         # Gradients of gate, up and their product; of queries, keys and values after and before RoPE; of the output.
         in_hand = 3 * self._hidden(core=True) + 6 * model.heads * model.head_dim + model.width
         in_hand += SCORES_IN_HAND * self._scores()
-        if model.remat == "none":
+        if self.config.compute.remat == "none":
             return self.bytes(in_hand)
         needed = model.core_layers * (SCORES_NEEDED - SCORES_KEPT) * self._scores()
-        if model.remat == "dots_except_gate_up":  # which every block can compute by itself when its turn comes
+        if (
+            self.config.compute.remat == "dots_except_gate_up"
+        ):  # which every block can compute by itself when its turn comes
             needed -= (model.core_layers - 1) * 2 * self._hidden(core=True)
         return self.recurrence("none") - self.recurrence() + self.bytes(needed + in_hand)
 

@@ -45,7 +45,7 @@ class Compiled:
     """What lives between steps, and the step's tokens."""
     temporaries: int
     recomputed: int
-    """Instructions that the compiler repeats, beyond what `model.remat` says, to stay within the device's memory."""
+    """Instructions that the compiler repeats, beyond what `compute.remat` says, to stay within the device's memory."""
     overlapped: dict[str, float]
     """By kind of collective, the share of its bytes that are on their way while the device may compute."""
 
@@ -65,8 +65,10 @@ def compile_for(config: Config, cluster: Cluster) -> Compiled:
         "--compile needs XLA's compiler for NVIDIA GPUs, though no GPU: pip install -e '.[cuda13]'",
     )
     model, device = config.model, cluster.device
-    attention = resolve(model.attention, model.dtype, config.train.deterministic, "nvidia")  # not of the device here
-    config = dataclasses.replace(config, model=dataclasses.replace(model, attention=attention))
+    attention = resolve(
+        config.compute.attention, model.dtype, config.compute.deterministic, "nvidia"
+    )  # not of the device here
+    config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, attention=attention))
     topology = {"topology": f"1x{cluster.hosts}x{cluster.per_host}", "target_config": describe_chip(device)}
     try:
         devices = topologies.get_topology_desc("", "cuda", **topology).devices

@@ -70,7 +70,7 @@ def _adapter(shapes: Shapes) -> int:
 
 def _head(config: Config, sizes: Sizes, shapes: Shapes, act: Activations) -> dict[str, int]:
     model = config.model
-    chunk = min(model.loss_chunk, act.tokens)
+    chunk = min(config.compute.loss_chunk, act.tokens)
     vocabulary = model.vocab_size
     # float32: logits, softmax, the head's gradient, summed over chunks; in model.dtype: logits and their gradient.
     logits = chunk * vocabulary * 2 * 4 + act.bytes(2 * vocabulary) * chunk // max(act.tokens, 1)
@@ -86,10 +86,10 @@ def _recurrence(config: Config, sizes: Sizes, shapes: Shapes, act: Activations) 
     kinds = _weights(config, sizes, shapes, gathered=("core", "adapter"), formed=HEAD)
     kinds["activations"] = act.outside()
     kinds["recomputed activations"] = act.recomputed()
-    if config.model.remat == "full":  # a loop, which adds to one sum and keeps the states
+    if config.compute.remat == "full":  # a loop, which adds to one sum and keeps the states
         kinds["gradients of the core"] = gradient
         kinds["activations"] += most * act.recurrence()
-    elif config.model.unroll:  # as activations go, gradients come, and every few are added to the sum
+    elif config.compute.unroll:  # as activations go, gradients come, and every few are added to the sum
         unadded = [index % SUMMED_AT_ONCE + 1 + (index >= SUMMED_AT_ONCE) for index in range(most)]
         done = max(range(most), key=lambda index: (most - index) * act.recurrence() + unadded[index] * gradient)
         kinds["gradients of the core"] = unadded[done] * gradient

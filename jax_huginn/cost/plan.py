@@ -151,7 +151,7 @@ def _divisors(number: int) -> list[int]:
 
 def _plan(config: Config, cluster: Cluster, sizes: Sizes, depth: tuple[float, float], shapes: Shapes) -> Plan:
     model = config.model
-    fused = resolve(model.attention, model.dtype, config.train.deterministic, "nvidia") == "cudnn"
+    fused = resolve(config.compute.attention, model.dtype, config.compute.deterministic, "nvidia") == "cudnn"
     return Plan(
         config=config,
         cluster=cluster,

@@ -57,13 +57,13 @@ def step_work(config: Config, sizes: Sizes, shapes: Shapes, n: float, k: float) 
     head = 2 * model.vocab_size * model.width
 
     # ---- what is done once more in the backward pass
-    matmuls_again = model.remat in ("full", "attention")
-    attention_again = model.remat == "full"
+    matmuls_again = config.compute.remat in ("full", "attention")
+    attention_again = config.compute.remat == "full"
     forward_blocks, gradient_blocks = (n + k) * core_blocks + blocks, k * core_blocks + blocks
     matmul = (n + 3 * k) * recurrence + 3 * outside
     if matmuls_again:
         matmul += k * recurrence + outside - head - adapter_half
-    elif model.remat == "dots_except_gate_up":
+    elif config.compute.remat == "dots_except_gate_up":
         matmul += _gate_up(config, gradient_blocks, k)
     attention_forward = (forward_blocks + attention_again * gradient_blocks) * scores
     padded = math.ceil(model.head_dim / HEAD_WIDTH) * HEAD_WIDTH / model.head_dim
@@ -73,7 +73,7 @@ def step_work(config: Config, sizes: Sizes, shapes: Shapes, n: float, k: float) 
     itemsize = jnp.dtype(model.dtype).itemsize
     # Read and written by a block: norms, two of them with a sum before (5 + 5 D), biases and RoPE (6), SwiGLU (3 F).
     block = itemsize * (16 * model.width + 3 * model.mlp_width)
-    passes = forward_blocks + gradient_blocks * (BACKWARD_PASSES + (model.remat != "none"))
+    passes = forward_blocks + gradient_blocks * (BACKWARD_PASSES + (config.compute.remat != "none"))
     moved = tokens * (passes * block + LOGIT_BYTES * model.vocab_size)
     moved += train.micro_batches * _sums_of_gradients(config, shapes, k)
     moved += _update(config, sizes, shapes)
@@ -93,7 +93,7 @@ def _gate_up(config: Config, gradient_blocks: float, k: float) -> float:
 def _sums_of_gradients(config: Config, shapes: Shapes, k: float) -> float:
     """Bytes of adding up a micro-batch's weight gradients of the core: each step's is read, and for every few of them
     the sum read and written, but not read at first. The rarer k, 1 step of 70, counts as the usual one."""
-    unrolled = config.model.unroll and config.model.remat != "full"
+    unrolled = config.compute.unroll and config.compute.remat != "full"
     additions = math.ceil(steps_with_gradient(config) / SUMMED_AT_ONCE) if unrolled else k
     return core_gradient(shapes) * (k + 2 * additions - (1 if unrolled else 0))
 

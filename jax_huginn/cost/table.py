@@ -34,13 +34,13 @@ def _figures(plan: Plan) -> list[str]:
 def describe(plan: Plan) -> str:
     """All figures of one plan."""
     config, cluster, memory = plan.config, plan.cluster, plan.memory
-    train, model = config.train, config.model
+    train = config.train
     sequences = train.batch_size // train.micro_batches // cluster.devices
     lines = [
         f"{plan.name()}: {cluster.hosts} x {cluster.per_host} {cluster.device.kind}, {plan.parameters / 1e9:.2f} B "
         f"parameters",
         f"a step: {train.batch_size} sequences of {train.sequence_length}, {sequences} at once on a device; "
-        f"n {plan.depth[0]:.1f}, k {plan.depth[1]:.2f}; remat {model.remat}{', unrolled' * _unrolled(plan)}",
+        f"n {plan.depth[0]:.1f}, k {plan.depth[1]:.2f}; remat {config.compute.remat}{', unrolled' * _unrolled(plan)}",
         "",
         f"memory of a device at its fullest moment ({_MOMENTS[memory.moment]}), GB of 10^9 bytes",
         *_rows({kind: f"{size / 1e9:.2f}" for kind, size in (memory.kept | memory.temporary).items()}),
@@ -91,7 +91,7 @@ _MOMENTS = {
 
 
 def _unrolled(plan: Plan) -> bool:
-    return plan.config.model.unroll and plan.config.model.remat != "full"
+    return plan.config.compute.unroll and plan.config.compute.remat != "full"
 
 
 def _rows(cells: dict[str, str]) -> list[str]:

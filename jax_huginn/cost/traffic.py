@@ -70,7 +70,7 @@ def step_traffic(config: Config, sizes: Sizes, shapes: Shapes, n: float) -> list
 
 def _again(config: Config, array: Array) -> bool:
     """Whether the backward pass gathers it once more: what stands within a `jax.checkpoint`, as the core does not."""
-    return config.model.remat != "none" and array.top in ("prelude", "coda", "moe")
+    return config.compute.remat != "none" and array.top in ("prelude", "coda", "moe")
 
 
 def _dispatch(config: Config, sizes: Sizes, n: float) -> dict[Kind, float]:
@@ -84,7 +84,7 @@ def _dispatch(config: Config, sizes: Sizes, n: float) -> dict[Kind, float]:
     if moe.placement == "core":
         k = steps_with_gradient(config)
         forward, backward = (n + k) * model.core_layers, k * model.core_layers
-    again = backward if model.remat != "none" else 0
+    again = backward if config.compute.remat != "none" else 0
     rows = tokens * model.width * itemsize
     if parallel.dispatch == "ring":
         routing = tokens * moe.active * 4  # int32 experts; float32 weights, as their gradients

@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from jax_huginn.config.errors import OneLineError
+from jax_huginn.config.checks import UserError
 
 
-class WeightsError(OneLineError):
+class WeightsError(UserError):
     """Weights that are missing, broken or of a model that this one cannot be."""
 
 
-class ExportError(OneLineError):
+class ExportError(UserError):
     """An export that cannot be made."""
 
 

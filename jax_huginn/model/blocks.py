@@ -42,7 +42,7 @@ class Attention(nnx.Module):
         shape = (heads * head_dim, model.width)
         self.w_out = nnx.Param(initializers.output_projection(config)(rngs.params(), shape, dtype))
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-        self.implementation, self.deterministic = model.attention, config.train.deterministic
+        self.implementation, self.deterministic = config.compute.attention, config.compute.deterministic
 
     def __call__(self, x_BSD: jax.Array, rope_SK2: jax.Array) -> jax.Array:
         q, k, v = self.project(x_BSD, rope_SK2)

@@ -111,7 +111,7 @@ class MoEHuginnModel(nnx.Module):
         self, tokens_BS: jax.Array, labels_BS: jax.Array, n: Depth, k: Depth, initial_state: jax.Array
     ) -> HuginnOutput:
         """The loss at a sampled depth, without logits. Where k is traced, one compilation serves every k of at least 1
-        and at most `recurrence.backprop_depth`; it recomputes whole recurrences whatever `model.remat` says.
+        and at most `recurrence.backprop_depth`; it recomputes whole recurrences whatever `compute.remat` says.
 
         Parameters must already be in the compute type (`cast`), so that gradients can be taken with respect to them.
         """
@@ -167,7 +167,7 @@ class MoEHuginnModel(nnx.Module):
             return x_BSD, None if routings[0] is None else Routing.combine(routings)
 
         params = (state_half_DD, gathered(nnx.as_pure(core_params)))  # once for all recurrences
-        most, unroll = self.config.recurrence.backprop_depth, self.config.model.unroll
+        most, unroll = self.config.recurrence.backprop_depth, self.config.compute.unroll
         recurrence = iterate(core, params, injected_BSD, state_BSD, n, k, most, self._checkpoint, unroll)
         with jax.named_scope("coda"):
             latents_BSD = y_BSD = self.norm_f(recurrence.state_BSD)
@@ -187,7 +187,7 @@ class MoEHuginnModel(nnx.Module):
     def with_loss(self, output: HuginnOutput, y_BSD: jax.Array, labels_BS: jax.Array) -> HuginnOutput:
         """The output with `log_ppl` and `loss` filled in."""
         with jax.named_scope("head"):
-            mean = jnp.asarray(cross_entropy(y_BSD, self._whole("wte"), labels_BS, self.config.model.loss_chunk))
+            mean = jnp.asarray(cross_entropy(y_BSD, self._whole("wte"), labels_BS, self.config.compute.loss_chunk))
             counted = jnp.sum(labels_BS != IGNORE).astype(mean.dtype)
             log_ppl = batch_sum(mean * (counted / jnp.maximum(batch_sum(counted), 1)))
         loss = log_ppl
@@ -204,10 +204,10 @@ class MoEHuginnModel(nnx.Module):
         return jnp.asarray(rope_table(length, model.head_dim, model.rope_base), at_least_float32(model.dtype))
 
     def _checkpoint(self, function):
-        return jax.checkpoint(function, policy=remat.POLICIES[self.config.model.remat])
+        return jax.checkpoint(function, policy=remat.POLICIES[self.config.compute.remat])
 
     def _remat(self, module: nnx.Module):
-        """The module as a function whose backward pass recomputes what `model.remat` says."""
+        """The module as a function whose backward pass recomputes what `compute.remat` says."""
         graphdef, params = nnx.split(module)
         run = self._checkpoint(lambda params, *inputs: nnx.merge(graphdef, gathered(params))(*inputs))
         return partial(run, nnx.as_pure(params))

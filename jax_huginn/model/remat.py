@@ -1,4 +1,4 @@
-"""What the backward pass keeps of the values within a block, by `model.remat`; the others it computes again.
+"""What the backward pass keeps of the values within a block, by `compute.remat`; the others it computes again.
 
 The code names what may be kept (`jax.ad_checkpoint.checkpoint_name`): "gate_up", the first matmul of a gated MLP or of
 an expert, which is most of a block's memory; "matmul", the results of the other matmuls as far as a gradient needs

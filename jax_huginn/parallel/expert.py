@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_huginn.config.parallel import ParallelConfig
+from jax_huginn.config.schema import ParallelConfig
 from jax_huginn.ops.grouped_mlp import grouped_mlp, ranks
 from jax_huginn.parallel.mesh import all_gather, batch_sum, inside, reduce_scatter
 

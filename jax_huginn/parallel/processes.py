@@ -19,8 +19,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-from jax_huginn.config.checks import ConfigError
-from jax_huginn.config.parallel import ParallelConfig
+from jax_huginn.config.checks import ConfigError, UserError
+from jax_huginn.config.schema import ParallelConfig
 from jax_huginn.parallel.mesh import BATCH, REPLICATED, from_every_host
 
 T = TypeVar("T")
@@ -28,7 +28,7 @@ _VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES
 _OWN_FIELDS = {"coordinator", "process_id", "process_count"}
 
 
-class ProcessError(ValueError):
+class ProcessError(UserError):
     """Another process failed, or the connection to it; one line."""
 
 
@@ -50,7 +50,7 @@ def session(config: ParallelConfig) -> Iterator[None]:
             reason = str(error).strip().splitlines()[0][:300]
             print(f"error: {who}: another process ended or the network failed ({reason}); the same command goes on "
                   "from the last checkpoint", file=sys.stderr)  # fmt: skip
-        elif isinstance(error, ValueError) and type(error) is not ValueError:
+        elif isinstance(error, UserError):
             print(f"error: {who}: {error}", file=sys.stderr)
         else:
             traceback.print_exc()
@@ -145,8 +145,8 @@ def first_then_others(function: Callable[[], T]) -> T:
         if is_first() == first:
             try:
                 result = function()
-            except ValueError as error:
-                if type(error) is ValueError or jax.process_count() == 1:
+            except UserError as error:
+                if jax.process_count() == 1:
                     raise
                 problem = str(error)
         problems = [text for text in gather_text(problem) if text]

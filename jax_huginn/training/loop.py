@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_huginn.config.dicts import to_dict
+from jax_huginn.config.dicts import flatten, to_dict
 from jax_huginn.config.schema import Config
 from jax_huginn.data.pipeline import build_data
 from jax_huginn.parallel import processes
@@ -23,7 +23,7 @@ from jax_huginn.training.depth import sample_depths
 from jax_huginn.training.metrics import routing_metrics
 from jax_huginn.training.positions import Positions
 from jax_huginn.training.profile import Profile
-from jax_huginn.training.run_folder import RunLock, flatten, open_run_folder
+from jax_huginn.training.run_folder import RunLock, open_run_folder
 from jax_huginn.training.step import StepMetrics, make_state, make_train_step
 from jax_huginn.training.stopping import Deadline, Stop, deadline_of
 from jax_huginn.training.validation import make_validation
@@ -41,7 +41,7 @@ def train(config: Config) -> None:
         ConfigError, DataError, CheckpointError, BadNumbersError: what a person has to mend, in one line.
     """
     deadline = deadline_of(config.checkpoint)
-    if config.train.deterministic:  # read when XLA's backend starts, which is later
+    if config.compute.deterministic:  # read when XLA's backend starts, which is later
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
     with processes.session(config.parallel), RunLock(Path(config.run_dir)) as lock:
         _train(config, deadline, lock)

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from jax_huginn.config.profile import ProfileConfig
+from jax_huginn.config.schema import ProfileConfig
 
 PROFILE = "profile"
 

@@ -4,35 +4,14 @@ import json
 import shutil
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from filelock import FileLock, Timeout
 
 from jax_huginn.config.checks import ConfigError
+from jax_huginn.config.compatibility import changes
 from jax_huginn.config.dicts import from_dict, to_dict
 from jax_huginn.config.schema import Config
-
-# Fields that may differ between the sessions of one run: they change how long it is, what is logged and how it is
-# executed, but not what is computed from which data. Of `parallel` see `_changes`.
-MAY_DIFFER = {
-    "run_dir",
-    "train.steps",
-    "train.deterministic",
-    "train.max_skipped",
-    "model.attention",
-    "model.remat",
-    "model.unroll",
-    "model.loss_chunk",
-    "data.prefetch",
-    "data.bad_rows",  # a run that has stopped at a bad row has passed none: it goes on exactly by skipping
-    "data.cache_dir",
-    "data.cache_gb",
-    "parallel.coordinator",
-    "parallel.process_count",
-    "parallel.process_id",
-    "parallel.heartbeat_seconds",
-    *(f"{section}." for section in ("validation", "checkpoint", "log", "profile")),
-}
 
 
 class RunLock:
@@ -88,7 +67,7 @@ def open_run_folder(config: Config) -> Path:
             f"run_dir={folder} holds imported weights and no optimiser state to go on from: start another --run_dir "
             f"from them with --checkpoint.init_from {folder}"
         )
-    elif file.exists() and (changed := _changes(_read(file), config)):
+    elif file.exists() and (changed := changes(_read(file), config)):
         if begun:
             raise ConfigError(
                 f"run_dir={folder} belongs to another config ({'; '.join(changed)}): name another --run_dir"
@@ -124,28 +103,3 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in ("metrics.jsonl", "config.json", "wandb_id", "hub_files.json"):
         (folder / name).unlink(missing_ok=True)
-
-
-def _changes(old: Config, new: Config) -> list[str]:
-    """The fields that one run may not change, each with both values.
-
-    A mesh only spreads the work, unless tokens are dropped: what is dropped depends on all of `parallel`.
-    """
-    drops = "all_to_all" in (old.parallel.dispatch, new.parallel.dispatch)
-    may_differ = MAY_DIFFER if drops else MAY_DIFFER | {"parallel."}
-    old_fields, new_fields = flatten(to_dict(old)), flatten(to_dict(new))
-    return [
-        f"{name} was {old_fields[name]!r}, now {new_fields[name]!r}"
-        for name in old_fields
-        if old_fields[name] != new_fields[name]
-        and name not in may_differ
-        and name.split(".")[0] + "." not in may_differ
-    ]
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as one dict with dotted names."""
-    flat = {}
-    for name, value in tree.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat

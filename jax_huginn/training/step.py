@@ -93,14 +93,14 @@ def make_gradient(config: Config) -> Callable[..., tuple[Any, HuginnOutput, jax.
     `finite_N` says which of these have a finite loss and, where they are several, a finite gradient. Each
     micro-batch has its own s_0, drawn from (seed, its number, row) for this device's rows.
 
-    One compilation serves every depth. Of a micro-batch's gradient it holds two versions, unless `model.remat` is full:
-    the usual k is static, so that its residuals need no stacked buffers and the sums of weight gradients no pass of
-    their own; the rarer k are a loop (docs/performance.md).
+    One compilation serves every depth. Unless `compute.remat` is full, the program contains two gradient paths: an
+    unrolled one for the usual k, whose residuals need no stacked buffers, and a loop for the rarer smaller k
+    (docs/performance.md).
     """
     graphdef, _ = abstract_model(config)
     micro_batches = config.train.micro_batches
     state_key = jax.random.key(config.train.seed)
-    usual_k = min(config.recurrence.mean, config.recurrence.backprop_depth)
+    usual_k = config.recurrence.gradient_steps
 
     def loss(params: Any, tokens_BS, labels_BS, n, k, index) -> tuple[jax.Array, HuginnOutput]:
         shape = (*tokens_BS.shape, config.model.width)
@@ -119,7 +119,7 @@ def make_gradient(config: Config) -> Callable[..., tuple[Any, HuginnOutput, jax.
         return differentiate(params, tokens_BS, labels_BS, n, usual_k, index)
 
     def gradient(*inputs):
-        if config.model.remat == "full":
+        if config.compute.remat == "full":
             return differentiate(*inputs)
         *_, k, _ = inputs
         return lax.cond(k == usual_k, straight, differentiate, *inputs)

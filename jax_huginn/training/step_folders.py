@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from jax_huginn.config.errors import OneLineError
+from jax_huginn.config.checks import UserError
 
 CHECKPOINTS = "checkpoints"
 CHECKSUMS = "checksums.json"
@@ -32,7 +32,7 @@ ArraySums = dict[str, dict[str, str]]
 """item ("params", "optimizer") -> name of an array -> checksum of its values, in hexadecimal digits"""
 
 
-class CheckpointError(OneLineError):
+class CheckpointError(UserError):
     """A checkpoint that is missing, damaged or cannot be written; its text is one line."""
 
 

@@ -8,8 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from types import FrameType
 
-from jax_huginn.config.checks import ConfigError
-from jax_huginn.config.durations import seconds_of
+from jax_huginn.config.checks import ConfigError, seconds_of
 from jax_huginn.config.schema import CheckpointConfig
 
 SLURM_END = "SLURM_JOB_END_TIME"

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from jax_huginn.config.errors import OneLineError
+from jax_huginn.config.checks import UserError
 from jax_huginn.config.schema import Config
 from jax_huginn.training.metrics import COLLAPSE_SHARE
 
@@ -22,7 +22,7 @@ by a few per cent, which the first bound learns; the second keeps a very steady 
 NAMED = 4  # rows of a bad micro-batch whose place is told
 
 
-class BadNumbersError(OneLineError):
+class BadNumbersError(UserError):
     """Numbers that training cannot go on from; its text is one line."""
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from jax_huginn.config.compatibility import differences_of_model
 from jax_huginn.config.dicts import to_dict
 from jax_huginn.config.schema import Config
 from jax_huginn.interop.errors import WeightsError
@@ -25,12 +26,6 @@ from jax_huginn.training.checkpoint import CheckpointError, config_of, find_step
 from jax_huginn.training.checksums import as_hex, checksum
 from jax_huginn.training.step_folders import CHECKPOINTS
 
-# What must be equal for weights to mean the same model; the rest only trains or executes it.
-_SHAPING = {
-    "model": ("vocab_size", "width", "heads", "kv_heads", "mlp_width", "prelude_layers", "core_layers", "coda_layers",
-              "norm_eps", "rope_base"),
-    "moe": ("experts", "active", "width", "placement", "residual"),
-}  # fmt: skip
 _TOKENIZER_FILES = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "tokenizer.model", "chat_template.jinja", "tokenizer.json",
@@ -181,16 +176,11 @@ def adopt_tokenizer(start: Start, config: Config, run_dir: Path) -> str | None:
 
 
 def _require_fit(config: Config, theirs: Config) -> None:
-    for section, fields in _SHAPING.items():
-        if section == "moe" and config.moe.experts == theirs.moe.experts == 0:
-            continue
-        for field in fields:
-            ours, other = (getattr(getattr(each, section), field) for each in (config, theirs))
-            if ours != other:
-                raise CheckpointError(
-                    f"checkpoint.init_from={config.checkpoint.init_from} has {section}.{field}={other}, this run "
-                    f"{ours}: give --{section}.{field} {other}"
-                )
+    for name, ours, other in differences_of_model(config, theirs):
+        raise CheckpointError(
+            f"checkpoint.init_from={config.checkpoint.init_from} has {name}={other}, this run {ours}: give "
+            f"--{name} {other}"
+        )
 
 
 def _freed(fresh: Any) -> Any:

@@ -29,9 +29,10 @@ MEASURED = 0.10  # relative distance of the plan from the compiler that is allow
 def plan_config(sizes, remat="full", k=4, per_device=1, length=256, **sections):
     """Two wide heads, whose (S,S) scores are small, and weights and activations of the same order."""
     model = {"width": 256, "heads": 2, "kv_heads": 2, "mlp_width": 768, "coda_layers": 1, "max_length": 1024}
-    model |= {"vocab_size": 512, "loss_chunk": 64, "attention": "xla", "remat": remat, "unroll": True}
+    model |= {"vocab_size": 512}
     defaults: dict[str, dict] = {
         "model": model,
+        "compute": {"loss_chunk": 64, "attention": "xla", "remat": remat, "unroll": True},
         "moe": {"experts": 8, "active": 2, "width": 96},
         "recurrence": {"mean": 8, "backprop_depth": k},
         "train": {"batch_size": 8 * per_device, "micro_batches": 1, "sequence_length": length},
@@ -56,7 +57,7 @@ def temporaries(*arguments) -> tuple[int, int]:
     """(planned, compiled). XLA for CPUs keeps a step's gradient of the core beside the sum that it is added to; on the
     GPU it does not (docs/scaling.md), so it is no part of the plan."""
     config = plan_config(*arguments)
-    beside = core_gradient(state_shapes(config)) if config.model.remat == "full" else 0
+    beside = core_gradient(state_shapes(config)) if config.compute.remat == "full" else 0
     return planned(*arguments).temporaries + beside, compiled(*arguments).memory_analysis().temp_size_in_bytes
 
 
@@ -112,8 +113,8 @@ MESHES = {
     "expert": ((1, 1, 8), {}),
     "data": ((8, 1, 1), {}),
     "mixed, two micro-batches": ((2, 2, 2), {"train": {"batch_size": 16, "micro_batches": 2}}),
-    "bfloat16, dots": ((2, 2, 2), {"model": {"dtype": "bfloat16", "remat": "dots"}}),
-    "no remat": ((1, 2, 4), {"model": {"remat": "none"}}),
+    "bfloat16, dots": ((2, 2, 2), {"model": {"dtype": "bfloat16"}, "compute": {"remat": "dots"}}),
+    "no remat": ((1, 2, 4), {"compute": {"remat": "none"}}),
     "all_to_all": ((1, 2, 4), {"parallel": {"dispatch": "all_to_all"}}),
     "routed core": ((1, 2, 4), {"moe": {"placement": "core"}}),
     "dense": ((2, 4, 1), {"moe": {"experts": 0}}),

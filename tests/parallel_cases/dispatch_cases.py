@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jax_huginn.config.parallel import ParallelConfig
+from jax_huginn.config.schema import ParallelConfig
 from jax_huginn.ops.grouped_mlp import grouped_mlp_oracle
 from jax_huginn.parallel.expert import dispatch
 from jax_huginn.parallel.mesh import BATCH, REPLICATED, per_device

@@ -79,7 +79,11 @@ def test_five_steps_on_a_mesh_are_those_of_one_device(sizes, dtype, tolerance):
 
 def test_five_steps_with_routed_core_blocks():
     """Placement "core" routes anew in every recurrence, inside of the loop and of the depth's cond."""
-    sections = {"moe": {"experts": 4, "placement": "core"}, "model": {"prelude_layers": 0, "remat": "full"}}
+    sections = {
+        "moe": {"experts": 4, "placement": "core"},
+        "model": {"prelude_layers": 0},
+        "compute": {"remat": "full"},
+    }
     one, many = (trained(mesh_config(sizes, **sections)) for sizes in (ONE, (1, 2, 4)))
     require_equal(one, many, 1e-10)
 
@@ -178,8 +182,13 @@ def exchanges(jaxpr, inside_loop: bool):
 def test_the_compiled_step_never_holds_a_whole_state():
     """What the compiler plans for one of 8 devices, gathered weights and their gradients included, is less than one
     copy of weights and moments; and gradients travel by reduce-scatter, only vectors and statistics by all-reduce."""
-    model = {"width": 256, "mlp_width": 1024, "prelude_layers": 4, "remat": "full"}
-    sections = {"model": model, "moe": {"experts": 0}, "train": {"micro_batches": 1, "batch_size": 8}}
+    model = {"width": 256, "mlp_width": 1024, "prelude_layers": 4}
+    sections = {
+        "model": model,
+        "compute": {"remat": "full"},
+        "moe": {"experts": 0},
+        "train": {"micro_batches": 1, "batch_size": 8},
+    }
     config = mesh_config((1, 8, 1), "float32", **sections)
     mesh = mesh_of(config)
     state = jax.eval_shape(lambda: init_state(config))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from jax_huginn.config.errors import OneLineError
+from jax_huginn.config.checks import UserError
 
 TEXT_SUFFIXES = (".txt", ".py", ".jsonl")
 STDLIB_EXCLUDED = frozenset(
@@ -18,7 +18,7 @@ STDLIB_EXCLUDED = frozenset(
 )
 
 
-class DataError(OneLineError):
+class DataError(UserError):
     """Data that cannot be used; its text is one line naming the file or value and the mend."""
 
 

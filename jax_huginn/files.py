@@ -1,0 +1,38 @@
+"""Files and folders that appear whole or not at all: written beside their place, then renamed into it."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a path to write to; it replaces `path` when the block ends, and is deleted when the block fails."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill; it becomes `path` when the block ends, and is deleted when the block fails.
+
+    Raises:
+        FileExistsError: there is something at `path` already.
+    """
+    if path.exists():
+        raise FileExistsError(17, "exists", str(path))
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # left behind by a kill
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        unfinished.rename(path)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
