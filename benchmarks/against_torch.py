@@ -29,7 +29,7 @@ import numpy as np
 from benchmarks.common import median_seconds, override, peak_gigabytes, report
 from jax_huginn.config.presets import load_config
 from jax_huginn.config.schema import Config
-from jax_huginn.training.host_memory import keep_freed_memory
+from jax_huginn.training.startup import keep_freed_memory
 
 
 def main() -> None:

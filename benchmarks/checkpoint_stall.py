@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import jax
 import numpy as np
 
+from jax_huginn.checkpoints import step_folders
+from jax_huginn.checkpoints.checksums import as_hex, checksums
+from jax_huginn.checkpoints.save import Checkpoints
 from jax_huginn.config.cli import parse_config
-from jax_huginn.training import step_folders
-from jax_huginn.training.checkpoint import Checkpoints
-from jax_huginn.training.checksums import as_hex, checksums
 from jax_huginn.training.step import init_state, make_train_step
 
 

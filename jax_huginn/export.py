@@ -16,10 +16,10 @@ def main() -> None:
     )
     options = parser.parse_args()
 
+    from jax_huginn.checkpoints.load import find_step, load_step
     from jax_huginn.interop.errors import ExportError, check_target
     from jax_huginn.interop.huggingface import write_huggingface
     from jax_huginn.interop.pth import write_pth
-    from jax_huginn.training.checkpoint import find_step, load_step
 
     out, step = Path(options.out), find_step(options.run)
     check_target(out)  # before the model is loaded, which may take a while

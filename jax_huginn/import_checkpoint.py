@@ -12,8 +12,8 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="tokenizer folder, where X comes without one")
     options = parser.parse_args()
 
+    from jax_huginn.checkpoints.import_run import write_run
     from jax_huginn.interop.open_weights import open_weights
-    from jax_huginn.training.weights import write_run
 
     weights = open_weights(options.weights)
     write_run(weights, Path(options.out), options.tokenizer)

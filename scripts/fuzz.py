@@ -40,6 +40,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jax_huginn.checkpoints.import_run import write_run
+from jax_huginn.checkpoints.load import config_of, find_step
+from jax_huginn.checkpoints.run_folder import open_run_folder
+from jax_huginn.checkpoints.step_folders import CheckpointError, seal, verify
 from jax_huginn.config.checks import ConfigError
 from jax_huginn.config.dicts import to_dict
 from jax_huginn.config.schema import Config, ModelConfig, MoEConfig, RecurrenceConfig, TrainConfig
@@ -48,10 +52,6 @@ from jax_huginn.interop.huggingface import write_huggingface
 from jax_huginn.interop.open_weights import open_weights
 from jax_huginn.interop.pth import write_pth
 from jax_huginn.model.huginn import abstract_model
-from jax_huginn.training.checkpoint import CheckpointError, config_of, find_step
-from jax_huginn.training.run_folder import open_run_folder
-from jax_huginn.training.step_folders import seal, verify
-from jax_huginn.training.weights import write_run
 
 OWN_ERRORS = (WeightsError, ConfigError, CheckpointError)
 SECONDS = 20

@@ -12,11 +12,11 @@ import pytest
 from jax import lax
 
 from jax_huginn.model.huginn import HuginnOutput, MoEHuginnModel
+from jax_huginn.reporting.alarms import BadNumbersError, Watch, require_finite
 from jax_huginn.training import loop
 from jax_huginn.training.depth import sample_depths
 from jax_huginn.training.loop import train
 from jax_huginn.training.step import init_state, make_train_step
-from jax_huginn.training.watch import BadNumbersError, Watch, require_finite
 
 POISON = 299  # a token that no tokenizer of these tests gives
 
@@ -106,7 +106,8 @@ def test_a_run_skips_counts_stops_after_a_streak_and_goes_on(make_config, poison
 
     def traced(*arguments, **options):
         data = loop_build_data(*arguments, **options)
-        return dataclasses.replace(data, locate=lambda position, row: f"place {position['rows'] + row}")
+        data.train.locate = lambda row: f"place {row}"
+        return data
 
     loop_build_data = loop.build_data
     monkeypatch.setattr(loop, "build_data", traced)

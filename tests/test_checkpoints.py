@@ -14,13 +14,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from jax_huginn.checkpoints import step_folders
+from jax_huginn.checkpoints.checksums import as_hex, checksum, checksums
+from jax_huginn.checkpoints.load import find_step, load_checkpoint
+from jax_huginn.checkpoints.save import Checkpoints
+from jax_huginn.checkpoints.step_folders import CheckpointError, DamagedError, retire, seal, steps_in, verify
 from jax_huginn.config.schema import CheckpointConfig, Config, TrainConfig
 from jax_huginn.parallel.mesh import make_mesh
-from jax_huginn.training import checkpoint, step_folders
-from jax_huginn.training.checkpoint import CheckpointError, Checkpoints, find_step, load_checkpoint
-from jax_huginn.training.checksums import as_hex, checksum, checksums
 from jax_huginn.training.step import TrainState, init_state
-from jax_huginn.training.step_folders import DamagedError, retire, seal, steps_in, verify
+from jax_huginn.training.step import abstract_state as sharded_state
 
 ROOT = Path(__file__).parent.parent
 
@@ -84,7 +86,7 @@ def assert_restores(config, folder: Path, step: int) -> list[str]:
     """The run goes on from `step`, bit for bit; what it said."""
     said: list[str] = []
     checkpoints, data = Checkpoints(folder, config.checkpoint, said.append), Position(0)
-    state = checkpoints.restore(data, config, one_device())
+    state = checkpoints.restore(sharded_state(config, one_device()), data)
     checkpoints.close()
     jax.tree.map(np.testing.assert_array_equal, state, state_at(config, step))
     assert data.rows == step
@@ -127,7 +129,7 @@ def test_a_checksum_is_the_same_however_an_array_is_sharded():
     program = """
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jax_huginn.training.checksums import checksum
+from jax_huginn.checkpoints.checksums import checksum
 mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 array = np.random.default_rng(0).standard_normal((8, 6, 4)).astype(np.float32)
 sums = {int(checksum(jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))))
@@ -308,7 +310,7 @@ def test_a_failure_in_the_background_is_told_too(run, monkeypatch):
     said: list[str] = []
     checkpoints = Checkpoints(folder, config.checkpoint, said.append)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.step_folders, "seal", no_room)
+        patch.setattr(step_folders, "seal", no_room)
         checkpoints.save(state_at(config, 16), Position(16), config)
         assert checkpoints.latest_step() == 12
     assert "(No space left on device); the newest one is step 12" in said[0]

@@ -18,7 +18,6 @@ from jax_huginn.config.schema import Config, DataConfig, ModelConfig, TrainConfi
 from jax_huginn.data.pipeline import IGNORED, Data, TrainBatches, build_data
 from jax_huginn.data.position import whole_position
 from jax_huginn.data.sources.files import DataError, split_files, stdlib_files, text_files
-from jax_huginn.training.positions import Positions
 
 S, B, V = 64, 4, 512
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -277,7 +276,7 @@ def test_looking_at_the_position_is_no_checkpoint():
     hub: Any = SimpleNamespace(saved=saved.append)
     batches: Any = SimpleNamespace(get_state=lambda: state)
     train = TrainBatches(batches, hub)
-    Positions(SimpleNamespace(train=train)).remember(1)
+    assert train.position == state
     assert saved == []
     assert train.get_state() == state
     assert saved == [state]

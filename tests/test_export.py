@@ -15,6 +15,9 @@ from safetensors.torch import load_file
 
 import torch_reference
 from jax_huginn import import_checkpoint
+from jax_huginn.checkpoints.import_run import write_run
+from jax_huginn.checkpoints.load import find_step, load_checkpoint, load_config
+from jax_huginn.checkpoints.step_folders import CheckpointError
 from jax_huginn.data.tokenizer import save_tokenizer, train_tokenizer
 from jax_huginn.export import main as export_main
 from jax_huginn.interop.errors import ExportError, WeightsError
@@ -22,8 +25,6 @@ from jax_huginn.interop.huggingface import read_huggingface, write_huggingface
 from jax_huginn.interop.names import params_of, to_torch
 from jax_huginn.interop.pth import PREFIX, read_pth, write_pth
 from jax_huginn.model.huginn import MoEHuginnModel, abstract_model
-from jax_huginn.training.checkpoint import CheckpointError, find_step, load_checkpoint, load_config
-from jax_huginn.training.weights import write_run
 
 torch.set_num_threads(1)
 

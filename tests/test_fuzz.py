@@ -108,7 +108,7 @@ def test_configs_survive_json():
 
 def test_weights_that_are_not_finite_are_not_imported(good):
     """A step of a run never holds such numbers, be it step 0."""
-    from jax_huginn.training.weights import write_run
+    from jax_huginn.checkpoints.import_run import write_run
 
     weights = open_weights(good / "hf")
     poisoned = next(name for name in weights.tensors if "norm_1" in name)

@@ -8,6 +8,10 @@ import numpy as np
 import pytest
 from interop_support import random_model
 
+from jax_huginn.checkpoints.import_run import write_run
+from jax_huginn.checkpoints.init_from import adopt_tokenizer, open_start
+from jax_huginn.checkpoints.load import load_checkpoint
+from jax_huginn.checkpoints.step_folders import CheckpointError
 from jax_huginn.config.checks import ConfigError
 from jax_huginn.config.schema import CheckpointConfig, Config, DataConfig
 from jax_huginn.data.tokenizer import save_tokenizer, train_tokenizer
@@ -16,9 +20,7 @@ from jax_huginn.interop.huggingface import read_huggingface, write_huggingface
 from jax_huginn.interop.names import params_of
 from jax_huginn.interop.pth import write_pth
 from jax_huginn.model.huginn import abstract_model
-from jax_huginn.training.checkpoint import CheckpointError, load_checkpoint
 from jax_huginn.training.loop import train
-from jax_huginn.training.weights import adopt_tokenizer, open_start, write_run
 
 SOURCES = ("run", "run/checkpoints", "run/checkpoints/0", "folder", "model.pth")
 

@@ -7,9 +7,9 @@ import types
 
 import pytest
 
+from jax_huginn.checkpoints.run_folder import open_run_folder
 from jax_huginn.config.checks import ConfigError
-from jax_huginn.training.run_folder import open_run_folder
-from jax_huginn.training.writers import JsonLines, TensorBoard, WandB
+from jax_huginn.reporting.writers import JsonLines, TensorBoard, WandB
 
 
 def test_a_run_may_be_extended_and_logged_otherwise(make_config, tmp_path):

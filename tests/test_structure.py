@@ -14,10 +14,23 @@ MAY_IMPORT = {
     "jax_huginn/parallel": {"config", "ops", "parallel"},
     "jax_huginn/model": {"config", "ops", "parallel", "model"},
     "jax_huginn/cost": {"config", "ops", "parallel", "model", "training", "cost"},
+    "jax_huginn/reporting": {"config", "model", "reporting"},
     "jax_huginn/data": {"config", "data"},
     "jax_huginn/data/sources": {"config", "data"},
     "jax_huginn/interop": {"config", "ops", "model", "interop"},
-    "jax_huginn/training": {"config", "ops", "parallel", "model", "data", "interop", "training"},
+    "jax_huginn/checkpoints": {"config", "files", "parallel", "model", "interop", "data", "checkpoints"},
+    "jax_huginn/training": {
+        "config",
+        "files",
+        "ops",
+        "parallel",
+        "model",
+        "data",
+        "interop",
+        "checkpoints",
+        "reporting",
+        "training",
+    },
 }
 
 
@@ -55,6 +68,7 @@ def test_imports_run_one_way(package):
     [
         ("jax_huginn", {"torch", "torch_reference"}, {"pth.py"}),
         ("jax_huginn/data", {"jax", "flax"}, set()),
+        ("jax_huginn/checkpoints", {"optax"}, set()),
         ("torch_reference", {"jax", "flax", "jax_huginn"}, set()),
         ("eval_tasks", {"jax", "torch"}, set()),
     ],

@@ -14,7 +14,8 @@ import pytest
 from flax import nnx
 
 from jax_huginn import load_checkpoint
-from jax_huginn.training.checkpoint import CheckpointError, find_step
+from jax_huginn.checkpoints.load import find_step
+from jax_huginn.checkpoints.step_folders import CheckpointError
 from jax_huginn.training.loop import train
 
 ROOT = Path(__file__).parent.parent

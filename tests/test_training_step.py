@@ -10,11 +10,11 @@ import pytest
 from flax import nnx
 
 from jax_huginn.model import initializers
+from jax_huginn.model.flops import forward_flops, peak_flops, training_flops
 from jax_huginn.model.huginn import abstract_model
 from jax_huginn.model.moe import Routing
+from jax_huginn.reporting.record import gini, routing_metrics
 from jax_huginn.training.depth import sample_depths
-from jax_huginn.training.flops import forward_flops, peak_flops, training_flops
-from jax_huginn.training.metrics import gini, routing_metrics
 from jax_huginn.training.optimizer import decayed, make_optimizer, make_schedule
 from jax_huginn.training.step import init_state, make_train_step
 

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from jax_huginn.config.checks import require
-from jax_huginn.training.flops import peak_flops
+from jax_huginn.model.flops import peak_flops
 
 # Shares of the bf16 peak, of the kernels in a profile of the 3.8 B step on one H100 80GB, which its power limit then
 # holds at 1.4 GHz (jax 0.11.2, docs/performance.md): matmuls, and cuDNN's causal attention forward and backward. The

@@ -13,10 +13,10 @@ from jax_huginn.cost.memory import Memory, device_memory
 from jax_huginn.cost.seconds import step_work
 from jax_huginn.cost.shapes import Shapes, Sizes, state_shapes
 from jax_huginn.cost.traffic import Exchange, step_traffic
+from jax_huginn.model.flops import training_flops
 from jax_huginn.ops.attention import resolve
 from jax_huginn.parallel.mesh import AXES, mesh_sizes, require_fit
 from jax_huginn.training.depth import sample_depth
-from jax_huginn.training.flops import training_flops
 
 DRAWS = 10_000  # of the sampler, for the mean depth; its standard error is 0.18 recurrences
 

@@ -13,8 +13,8 @@ from jax_huginn.cost.activations import Activations
 from jax_huginn.cost.devices import ATTENTION_BACKWARD, ATTENTION_FORWARD, HEAD_WIDTH, MATMUL, MEMORY, Device
 from jax_huginn.cost.memory import core_gradient, steps_with_gradient
 from jax_huginn.cost.shapes import Shapes, Sizes, total
+from jax_huginn.model.flops import forward_flops
 from jax_huginn.model.recurrence import SUMMED_AT_ONCE
-from jax_huginn.training.flops import forward_flops
 
 # Passes of the forward elementwise work that its backward takes: it reads inputs and cotangents and writes gradients.
 BACKWARD_PASSES = 2

@@ -1,5 +1,6 @@
 """From a configuration to batches: the tokenizer, the endless training iterator and the fixed validation batches."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # label that no loss counts
 TOKENIZER_BYTES = 32 * 2**20  # training text that a tokenizer is trained on: about 4 s on two cores
+LOCATABLE = 3  # last batches whose rows can be traced to their files; records are seen a step late
 VALIDATION_SEED = 0  # not train.seed: runs of different seeds are measured on the same rows
 VALIDATION_POOL = 4  # rows read for each one that is chosen
 
@@ -46,8 +48,18 @@ class TrainBatches:
     A batch is a dict of `tokens` and `labels`, both (B / processes, S) int32; labels are the next tokens.
     """
 
-    def __init__(self, batches: "grain.DatasetIterator[dict[str, np.ndarray]]", hub: "HubFiles | None") -> None:
-        self._batches, self._hub = batches, hub
+    def __init__(
+        self,
+        batches: "grain.DatasetIterator[dict[str, np.ndarray]]",
+        hub: "HubFiles | None" = None,
+        locate: Callable[[dict[str, Any], int], str] | None = None,
+    ) -> None:
+        """
+        Args:
+            locate: (position before a batch, row of it) -> its file and place, see `provenance.locate`.
+        """
+        self._batches, self._hub, self._locate = batches, hub, locate
+        self._begins: deque[dict[str, Any]] = deque(maxlen=LOCATABLE)
         self.skipped: dict[str, int] = {}
         """`data_rows_skipped` and `data_files_skipped` up to the last batch's shuffle windows, where not zero."""
 
@@ -55,6 +67,7 @@ class TrainBatches:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
+        self._begins.append(self.position)
         batch = next(self._batches)
         state = self.position
         _, _, rows, files = map(sum, zip(*state["skipped"], strict=True))
@@ -68,6 +81,12 @@ class TrainBatches:
     def position(self) -> dict[str, Any]:
         """Where the last batch handed out ends: this process's part, see `position.whole_position`."""
         return self._batches.get_state()  # pyright: ignore[reportReturnType]
+
+    def locate(self, row: int) -> str:
+        """The file and place of row number `row` of the training sequence, which one of the last batches holds."""
+        assert self._locate is not None
+        begin = max((each for each in self._begins if each["rows"] <= row), key=lambda each: each["rows"])
+        return self._locate(begin, row - begin["rows"])
 
     def get_state(self) -> dict[str, Any]:
         """`position`, for a checkpoint: the hub's cache keeps from now on what going on from there reads."""
@@ -99,8 +118,6 @@ class Data:
     """Fixed batches of held-out rows, in which label -100 is padding; empty only where nothing is held out."""
     token_bytes: np.ndarray | None
     """UTF-8 bytes a token stands for, (V,) int32; None without a byte-level tokenizer."""
-    locate: Callable[[dict[str, Any], int], str]
-    """(position before a batch, row of it) -> the file and the place in it, see `provenance.locate`."""
 
 
 def build_data(
@@ -177,10 +194,13 @@ def build_data(
     train = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=config.data.prefetch)
     return Data(
         tokenizer=tokenizer,
-        train=TrainBatches(iter(train), hub),
+        train=TrainBatches(
+            iter(train),
+            hub,
+            partial(locate, rows, pieces(BadData(config.data.bad_rows, lambda _: None), held_out=False)),
+        ),
         validation=validation,
         token_bytes=token_bytes(tokenizer, config.model.vocab_size) if tokenizer and is_byte_level(tokenizer) else None,
-        locate=partial(locate, rows, pieces(BadData(config.data.bad_rows, lambda _: None), held_out=False)),
     )
 
 

@@ -1,0 +1,1 @@
+"""Training: the optimiser step, the loop around it, depths, validation, start and stop."""

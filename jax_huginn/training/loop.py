@@ -1,7 +1,6 @@
 """The training loop: restore, step, log, validate, save. With several processes each runs it, and the first writes."""
 
 import dataclasses
-import os
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -9,27 +8,27 @@ from typing import Any
 import jax
 import numpy as np
 
+from jax_huginn.checkpoints.init_from import adopt_tokenizer, open_start
+from jax_huginn.checkpoints.run_folder import RunLock, open_run_folder
+from jax_huginn.checkpoints.save import Checkpoints
+from jax_huginn.checkpoints.step_folders import CheckpointError
 from jax_huginn.config.dicts import flatten, to_dict
 from jax_huginn.config.schema import Config
 from jax_huginn.data.pipeline import build_data
 from jax_huginn.parallel import processes
 from jax_huginn.parallel.mesh import describe as describe_mesh
 from jax_huginn.parallel.mesh import make_mesh
-from jax_huginn.training.checkpoint import CheckpointError, Checkpoints
-from jax_huginn.training.clock import Clock
-from jax_huginn.training.compiled import keep_compiled
-from jax_huginn.training.console import Console, describe, next_commands
+from jax_huginn.reporting.alarms import Watch, require_finite
+from jax_huginn.reporting.console import Console, describe, next_commands
+from jax_huginn.reporting.record import routing_metrics
+from jax_huginn.reporting.speed import Clock
+from jax_huginn.reporting.trace import Profile
+from jax_huginn.reporting.writers import make_writers
 from jax_huginn.training.depth import sample_depths
-from jax_huginn.training.metrics import routing_metrics
-from jax_huginn.training.positions import Positions
-from jax_huginn.training.profile import Profile
-from jax_huginn.training.run_folder import RunLock, open_run_folder
-from jax_huginn.training.step import StepMetrics, make_state, make_train_step
+from jax_huginn.training.startup import keep_compiled
+from jax_huginn.training.step import StepMetrics, abstract_state, make_state, make_train_step
 from jax_huginn.training.stopping import Deadline, Stop, deadline_of
 from jax_huginn.training.validation import make_validation
-from jax_huginn.training.watch import Watch, require_finite
-from jax_huginn.training.weights import adopt_tokenizer, open_start
-from jax_huginn.training.writers import make_writers
 
 DEPTHS_COMPARED = 128  # steps whose depths the processes compare at once
 
@@ -41,8 +40,6 @@ def train(config: Config) -> None:
         ConfigError, DataError, CheckpointError, BadNumbersError: what a person has to mend, in one line.
     """
     deadline = deadline_of(config.checkpoint)
-    if config.compute.deterministic:  # read when XLA's backend starts, which is later
-        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
     with processes.session(config.parallel), RunLock(Path(config.run_dir)) as lock:
         _train(config, deadline, lock)
 
@@ -76,7 +73,7 @@ def _train(config: Config, deadline: Deadline | None, lock: RunLock) -> None:
     # ---------------------------------------------------------------- state
     keep_compiled(run_dir)
     if start:
-        state = checkpoints.restore(data.train, config, mesh)
+        state = checkpoints.restore(abstract_state(config, mesh), data.train)
         start = int(state.step)
         console.say(f"resuming {run_dir} from step {start}")
     else:
@@ -91,8 +88,8 @@ def _train(config: Config, deadline: Deadline | None, lock: RunLock) -> None:
     train_step = jax.jit(make_train_step(config, mesh), donate_argnums=0)
     validate = make_validation(config, data.validation, data.token_bytes, mesh) if data.validation else None
     writers = make_writers(config, run_dir, start, console.say) if processes.is_first() else []
-    positions, profile = Positions(data), Profile(config.profile, run_dir)
-    watch = Watch(config, console.say, positions.locate)
+    profile = Profile(config.profile, run_dir)
+    watch = Watch(config, console.say, data.train.locate)
     clock = Clock(config, device.device_kind, mesh.size)
     batches, vote = processes.GlobalBatches(mesh), processes.StopVote(mesh)
 
@@ -131,7 +128,6 @@ def _train(config: Config, deadline: Deadline | None, lock: RunLock) -> None:
         for step in range(start, config.train.steps):
             if (step - start) % DEPTHS_COMPARED == 0:
                 _compare_depths(config, step)
-            positions.remember(step + 1)
             batch = batches.place(next(data.train))
             depths = _depths(config, step)
             profile.before(step + 1, state)

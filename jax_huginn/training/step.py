@@ -79,10 +79,20 @@ def init_state(config: Config) -> TrainState:
     return TrainState(params, make_optimizer(config).init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
-def make_state(config: Config, mesh: Mesh) -> TrainState:
-    """`init_state` on a mesh: every device draws its part, none ever holds the whole."""
+def abstract_state(config: Config, mesh: Mesh) -> TrainState:
+    """Shapes, types and shardings of `make_state`'s arrays."""
     abstract = jax.eval_shape(lambda: init_state(config))
-    return jax.jit(lambda: init_state(config), out_shardings=shardings(abstract, mesh))()
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        abstract,
+        shardings(abstract, mesh),
+    )
+
+
+def make_state(config: Config, mesh: Mesh) -> TrainState:
+    """`init_state` on a mesh: each device draws its own shard, and none ever holds the whole."""
+    where = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+    return jax.jit(lambda: init_state(config), out_shardings=where)()
 
 
 def make_gradient(config: Config) -> Callable[..., tuple[Any, HuginnOutput, jax.Array]]:

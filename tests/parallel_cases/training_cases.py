@@ -12,13 +12,14 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from jax_huginn.checkpoints.load import load_checkpoint
+from jax_huginn.checkpoints.save import Checkpoints
 from jax_huginn.config.schema import CheckpointConfig
 from jax_huginn.data.pipeline import IGNORED
 from jax_huginn.parallel.mesh import AXES, REPLICATED, per_device, shardings, specs
-from jax_huginn.training.checkpoint import Checkpoints, load_checkpoint
 from jax_huginn.training.depth import sample_depths
 from jax_huginn.training.optimizer import make_optimizer
-from jax_huginn.training.step import init_params, init_state, make_gradient, make_state, make_train_step
+from jax_huginn.training.step import abstract_state, init_params, init_state, make_gradient, make_state, make_train_step
 from jax_huginn.training.validation import make_validation
 from tests.parallel_cases.support import ONE, STEPS, mesh_config, mesh_of, relative
 
@@ -226,7 +227,7 @@ def test_a_checkpoint_of_one_mesh_restores_on_another(source, target, tmp_path):
     checkpoints.save(run.state, position, run.config)
     config = mesh_config(target)
     mesh = mesh_of(config)
-    state = checkpoints.restore(position, config, mesh)
+    state = checkpoints.restore(abstract_state(config, mesh), position)
     checkpoints.close()
     assert seen == [whole]
     where = jax.tree.leaves(shardings(state, mesh))

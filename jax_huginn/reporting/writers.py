@@ -7,7 +7,6 @@ import json
 import math
 import os
 import secrets
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -94,7 +93,6 @@ class TensorBoard:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self.say, self.failed = say, False
-        threading.excepthook = _without_tensorboards(threading.excepthook)
         self.writer = EventFileWriter(str(folder))
         # Tells TensorBoard to drop what an earlier, interrupted session wrote after the restored step.
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
@@ -127,16 +125,6 @@ class TensorBoard:
         except OSError as error:
             self.failed = True
             self.say(f"warning: TensorBoard gets no more records of this session ({error.strerror or error})")
-
-
-def _without_tensorboards(shown: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Shows what ends a thread, but for a full disk under TensorBoard's, which `TensorBoard` tells in a line."""
-
-    def excepthook(arguments: Any) -> None:
-        if type(arguments.thread).__name__ != "_AsyncWriterThread" or not issubclass(arguments.exc_type, OSError):
-            shown(arguments)
-
-    return excepthook
 
 
 class WandB:

@@ -9,7 +9,7 @@ import pytest
 
 from jax_huginn.config.checks import ConfigError
 from jax_huginn.config.schema import ProfileConfig
-from jax_huginn.training.profile import Profile
+from jax_huginn.reporting.trace import Profile
 
 
 def calls_in_trace(folder, steps: str) -> int:

@@ -3,7 +3,7 @@
 import time
 
 from jax_huginn.config.schema import Config
-from jax_huginn.training.flops import peak_flops, training_flops
+from jax_huginn.model.flops import peak_flops, training_flops
 
 
 class Clock:

@@ -8,7 +8,7 @@ import sys
 COUNT_FAULTS = """
 import resource
 import numpy as np
-from jax_huginn.training.host_memory import keep_freed_memory
+from jax_huginn.training.startup import keep_freed_memory
 if {keep}:
     assert keep_freed_memory()
 np.ones(1 << 23)

@@ -10,7 +10,7 @@ from typing import Any
 
 from jax_huginn.config.checks import UserError
 from jax_huginn.config.schema import Config
-from jax_huginn.training.metrics import COLLAPSE_SHARE
+from jax_huginn.reporting.record import COLLAPSE_SHARE
 
 WINDOW, FEWEST = 100, 20
 """Losses that a spike is measured against, and how many there must be."""
@@ -29,10 +29,10 @@ class BadNumbersError(UserError):
 class Watch:
     """Looks at every record once, in order. A warning comes when its episode begins, not at every step of it."""
 
-    def __init__(self, config: Config, say: Callable[[str], None], locate: Callable[[int, int], str] | None = None):
+    def __init__(self, config: Config, say: Callable[[str], None], locate: Callable[[int], str] | None = None):
         """
         Args:
-            locate: (step, row of its batch) -> the file and the place in it.
+            locate: number of a row in the training sequence -> its file and place.
         """
         self.config, self.say, self.locate = config, say, locate
         self.streak = 0
@@ -76,9 +76,7 @@ class Watch:
         first = (record["step"] - 1) * train.batch_size + bad[0] * size
         rows = f"rows {first} to {first + size - 1} of the training sequence"
         if self.locate:
-            rows += (
-                f": {'; '.join(self.locate(record['step'], bad[0] * size + row) for row in range(min(size, NAMED)))}"
-            )
+            rows += f": {'; '.join(self.locate(first + row) for row in range(min(size, NAMED)))}"
             rows += "; ..." if size > NAMED else ""
         several = f"micro-batches {', '.join(map(str, bad))} have" if len(bad) > 1 else f"micro-batch {bad[0]} has"
         return f"{several} a loss or a gradient that is not finite ({rows})"
