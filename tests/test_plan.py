@@ -56,8 +56,8 @@ def preset(name: str, batch: int, **compute):
         ("moe_700m", 4, 1, DOTS, 0.856, 41.4),
     ],
 )
-def test_one_gpu_is_predicted_within_a_twentieth(name, batch, micro_batches, model, seconds, gigabytes):
-    config = preset(name, batch, **model)
+def test_one_gpu_is_predicted_within_a_twentieth(name, batch, micro_batches, compute, seconds, gigabytes):
+    config = preset(name, batch, **compute)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batches=micro_batches))
     plan = plan_mesh(config, H100, (25, 8))
     assert plan.seconds == pytest.approx(seconds, rel=0.05)
