@@ -25,13 +25,8 @@ import jax
 import numpy as np
 
 from benchmarks.common import median_seconds, override, peak_gigabytes, report
-<<<<<<< HEAD
 from jax_huginn.config.presets import load_config
-from jax_huginn.training.flops import peak_flops, training_flops
-=======
-from jax_huginn.config.cli import load_preset
 from jax_huginn.model.flops import peak_flops, training_flops
->>>>>>> 7fbc3b6 (Wings checkpoints/ and reporting/ out of training/; start-up in one place; a checkpoint is restored into a given abstract state)
 from jax_huginn.training.step import init_state, make_train_step
 
 

@@ -191,14 +191,11 @@ def build_data(
     )
     bad_held_out = BadData(config.data.bad_rows, report)
     validation = _validation(config, held_out, pieces(bad_held_out, held_out=True), take, stride, bad_held_out)
+    uncounted = BadData(config.data.bad_rows, lambda _: None)
     train = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=config.data.prefetch)
     return Data(
         tokenizer=tokenizer,
-        train=TrainBatches(
-            iter(train),
-            hub,
-            partial(locate, rows, pieces(BadData(config.data.bad_rows, lambda _: None), held_out=False)),
-        ),
+        train=TrainBatches(iter(train), hub, partial(locate, rows, pieces(uncounted, held_out=False))),
         validation=validation,
         token_bytes=token_bytes(tokenizer, config.model.vocab_size) if tokenizer and is_byte_level(tokenizer) else None,
     )
