@@ -1,4 +1,4 @@
-"""Prints, after a run, the largest error of each row of the design's table of tolerances."""
+"""Prints, after a run, the largest error in each row of the table of tolerances."""
 
 from parity_tests.support import LARGEST
 

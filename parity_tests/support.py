@@ -19,12 +19,12 @@ import torch
 from flax import nnx
 
 import torch_reference
-from conftest import small_config
 from jax_huginn.config.schema import Config
 from jax_huginn.interop.model_config import model_config
 from jax_huginn.interop.names import to_torch
 from jax_huginn.model import moe
 from jax_huginn.model.huginn import HuginnOutput, MoEHuginnModel, abstract_model
+from tests.support import small_config
 from torch_reference.model import MoEHuginnOutput, RoutingStatistics
 
 torch.set_num_threads(1)  # tensors this small lose tenfold to threads that wait for each other on a busy machine
@@ -37,7 +37,7 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
     "core": {"moe": {"placement": "core"}},
 }
 DEPTHS = ((0, 1), (3, 2), (5, 4))  # (n, k); the backpropagation depth of `small_config` is 4
-# Relative L2 error per tensor, section 7 of the design.
+# Tolerances: relative L2 error per tensor.
 VALUES = {"float64": 1e-10, "float32": 1e-5}
 GRADIENTS = {"float64": 1e-9, "float32": 1e-4}
 LOSS_CURVE = {"float64": 1e-8, "float32": 1e-4}

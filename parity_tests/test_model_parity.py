@@ -33,7 +33,7 @@ each_dtype = pytest.mark.parametrize("dtype", ["float64", "float32"])
 
 
 def check_run(pair: Pair, batch: Batch, n: int, k: int, ours: Tensors, theirs: Tensors) -> None:
-    """Values and gradients of a whole run by the design's tolerances; a failure names the first layer that is off."""
+    """Values and gradients of a whole run within the tolerances; a failure names the first layer that is off."""
 
     def explain() -> str:
         return first_layer_off(pair, batch, (n, k), VALUES[pair.dtype])

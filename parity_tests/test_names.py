@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import torch_reference
-from conftest import small_config
 from jax_huginn.config.presets import MoEHuginnConfig700M, load_config
 from jax_huginn.interop.model_config import model_config
 from jax_huginn.interop.names import from_torch, mappings, params_of, to_torch
@@ -26,6 +25,7 @@ from parity_tests.support import (
     torch_forward,
     twin_config,
 )
+from tests.support import small_config
 
 PRESETS = sorted(Path(__file__).parents[1].glob("configs/*.py"))
 

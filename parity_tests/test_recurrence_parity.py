@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import small_config
 from jax_huginn.model.initializers import fixed_state
 from jax_huginn.model.moe import route
 from parity_tests.layers import RouterSpy, jax_router_choosing
@@ -35,6 +34,7 @@ from parity_tests.support import (
     torch_step,
     values_of,
 )
+from tests.support import small_config
 from torch_reference.initial_state import initial_state
 
 DEEP = 32

@@ -19,14 +19,14 @@ import torch
 from parity_table import BOUND, Claim, beside
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from conftest import small_config
 from jax_huginn.config.schema import Config
 from jax_huginn.ops.attention import resolve
 from parity_tests import support
 from parity_tests.layers import RouterSpy, jax_router_choosing
 from parity_tests.support import Batch, Pair, Tensors, relative_error
+from tests.support import small_config
 
-N, K = 5, 4  # recurrences without and with gradient: the deepest that section 7 holds float32 to
+N, K = 5, 4  # recurrences without and with gradient: the deepest at which float32 is held to a fixed tolerance
 FLOAT32 = "float32, TF32 off: JAX against Torch"
 BFLOAT16 = "bfloat16, {attention} attention in JAX: each framework against float64"
 
@@ -58,7 +58,7 @@ def measure() -> tuple[list[Claim], str]:
 
 
 def float32_agrees(claim: Claim, kind: str, device: torch.device) -> None:
-    """Every tensor within section 7; for the MoE at the injection the training path too, of traced depth."""
+    """Every tensor within tolerance; for the MoE at the injection the training path of traced depth too."""
     pair, batch = pair_on(device, gpu_config(kind, "float32")), batch_of(kind)
     with exact_attention(device):
         theirs = run_twin(pair.twin, batch)

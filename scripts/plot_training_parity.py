@@ -2,7 +2,7 @@
 
     python scripts/plot_training_parity.py --out docs/training_parity.png      # half a minute on two cores
 
-The runs are those of parity_tests/test_optimizer_parity.py: AdamW, MoE at the injection, sampled depths, two
+The runs are those of parity_tests/training_runs.py: AdamW, MoE at the injection, sampled depths, two
 micro-batches a step, clipping and schedule, in float64 and in float32.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from parity_tests.support import LOSS_CURVE
-from parity_tests.test_optimizer_parity import Case, both_runs
+from parity_tests.training_runs import Case, both_runs
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -23,6 +23,7 @@ from jax_huginn.config.schema import CheckpointConfig, Config, TrainConfig
 from jax_huginn.parallel.mesh import make_mesh
 from jax_huginn.training.step import TrainState, init_state
 from jax_huginn.training.step import abstract_state as sharded_state
+from tests.support import small_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,8 +60,6 @@ def one_device():
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A run of three checkpoints: its config, its folder."""
-    from conftest import small_config
-
     config, folder = small_config(), tmp_path_factory.mktemp("run")
     checkpoints = Checkpoints(folder, config.checkpoint)
     for step in (4, 8, 12):
@@ -130,6 +129,7 @@ def test_a_checksum_is_the_same_however_an_array_is_sharded():
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jax_huginn.checkpoints.checksums import checksum
+from tests.support import small_config
 mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 array = np.random.default_rng(0).standard_normal((8, 6, 4)).astype(np.float32)
 sums = {int(checksum(jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))))

@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hub_server import REPOSITORY, Fault, HubServer, digest, serving
 from huggingface_hub.utils import close_session
 
 from jax_huginn.config.schema import Config, DataConfig, ModelConfig, TrainConfig, ValidationConfig
@@ -27,6 +26,7 @@ from jax_huginn.data.sources.cache import FileCache
 from jax_huginn.data.sources.downloads import FetchError, Patience, fetch
 from jax_huginn.data.sources.files import DataError, TextFile
 from jax_huginn.data.sources.hub import Listing, read_listing, split_listing
+from tests.hub_server import REPOSITORY, Fault, HubServer, digest, serving
 
 S, V = 8, 96
 

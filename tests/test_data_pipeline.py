@@ -195,9 +195,9 @@ def test_resuming_through_orbax_gives_the_very_next_batches(corpus: Path, tokeni
 def test_another_process_reads_the_same_batches(corpus: Path, tokenizer_dir: Path) -> None:
     data = build_data(make_config(corpus), tokenizer_dir)
     script = (
-        f"import sys; sys.path[:0] = [{str(REPOSITORY)!r}, {str(REPOSITORY / 'tests')!r}]\n"
+        f"import sys; sys.path.insert(0, {str(REPOSITORY)!r})\n"
         "from pathlib import Path\n"
-        "from test_data_pipeline import build_data, digest, make_config, take\n"
+        "from tests.test_data_pipeline import build_data, digest, make_config, take\n"
         f"data = build_data(make_config(Path({str(corpus)!r}), prefetch=1), Path({str(tokenizer_dir)!r}))\n"
         "print(digest(take(data, 30)), digest(data.validation)); data.train.close()\n"
     )

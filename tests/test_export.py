@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from interop_support import random_model
 from safetensors.torch import load_file
 
 import torch_reference
@@ -25,6 +24,7 @@ from jax_huginn.interop.huggingface import read_huggingface, write_huggingface
 from jax_huginn.interop.names import params_of, to_torch
 from jax_huginn.interop.pth import PREFIX, read_pth, write_pth
 from jax_huginn.model.huginn import MoEHuginnModel, abstract_model
+from tests.support import random_model
 
 torch.set_num_threads(1)
 
@@ -35,7 +35,7 @@ KINDS = {
     "moe core": {"moe": {"placement": "core"}},
     "float64": {"model": {"dtype": "float64", "param_dtype": "float64"}},
 }
-# design.md, section 6: a dense model's config.json holds these and model_type, no more.
+# A dense model's config.json holds these and model_type, no more.
 PUBLIC_ARGUMENTS = [
     "n_embd", "n_heads", "n_layers", "block_size", "vocab_size", "padding_multiple", "tie_embeddings",
     "intermediate_size", "bias", "architecture_class_name", "block_class_name", "norm_class_name", "norm_eps",

@@ -12,18 +12,21 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from hub_server import Fault, HubServer, digest, serving
-from test_data_hub import FILES, REPOSITORY, TRAIN, S, rows
 
 from jax_huginn import load_checkpoint
+from tests.hub_server import Fault, HubServer, digest, serving
+from tests.test_data_hub import FILES, REPOSITORY, TRAIN, S, rows
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 60
 PRESET = """
-import os, conftest
+import os
+
+from tests.support import small_config
+
 os.environ["HF_HUB_OFFLINE"] = "0"
 def get_config():
-    return conftest.small_config(
+    return small_config(
         train={"steps": %d, "batch_size": 4, "sequence_length": %d},
         data={"source": "hub", "path": %r, "streams": 2, "shuffle_window": 8},
         checkpoint={"every": 10},

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from interop_support import random_model
 from safetensors.torch import load_file, save_file
 
 from jax_huginn.interop.errors import WeightsError
 from jax_huginn.interop.huggingface import read_huggingface, write_huggingface
 from jax_huginn.interop.names import params_of, to_torch
 from jax_huginn.interop.open_weights import open_weights
+from tests.support import random_model, small_config
 
 FILES = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
@@ -21,8 +21,6 @@ FILES = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A folder in huginn-0125's form, written by the safetensors library: bfloat16, two shards, an index."""
-    from conftest import small_config
-
     folder = tmp_path_factory.mktemp("public") / "huginn"
     write_huggingface(random_model(small_config(moe={"experts": 0})), folder, dtype="bfloat16")
     tensors = load_file(folder / "model.safetensors")

@@ -15,19 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from interop_support import random_model
 
 from jax_huginn.interop.errors import WeightsError
 from jax_huginn.interop.names import params_of, to_torch
 from jax_huginn.interop.pth import PREFIX, read_pth, write_pth
+from tests.support import random_model, small_config
 
 torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
 def dense():
-    from conftest import small_config
-
     return random_model(small_config(moe={"experts": 0}))
 
 

@@ -6,7 +6,6 @@ import json
 import jax
 import numpy as np
 import pytest
-from interop_support import random_model
 
 from jax_huginn.checkpoints.import_run import write_run
 from jax_huginn.checkpoints.init_from import adopt_tokenizer, open_start
@@ -21,6 +20,7 @@ from jax_huginn.interop.names import params_of
 from jax_huginn.interop.pth import write_pth
 from jax_huginn.model.huginn import abstract_model
 from jax_huginn.training.loop import train
+from tests.support import random_model, small_config
 
 SOURCES = ("run", "run/checkpoints", "run/checkpoints/0", "folder", "model.pth")
 
@@ -28,8 +28,6 @@ SOURCES = ("run", "run/checkpoints", "run/checkpoints/0", "folder", "model.pth")
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     """One model as a run, as a folder with its tokenizer and as a `.pth` without."""
-    from conftest import small_config
-
     folder = tmp_path_factory.mktemp("sources")
     model = random_model(small_config(model={"vocab_size": 320}))
     save_tokenizer(train_tokenizer(["a recurrent tale"] * 3, 270), folder / "tokenizer_of_it")

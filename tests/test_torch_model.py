@@ -71,7 +71,7 @@ def gradients(model: MoEHuginnModel, loss: torch.Tensor) -> dict[str, torch.Tens
 
 
 def naive_logits(w: dict[str, torch.Tensor], c: MoEHuginnConfig, tokens: torch.Tensor, s: torch.Tensor, R: int):
-    """Section 2 of the design word by word: (S, V) logits of tokens (S,) from the state s (S, D)."""
+    """The model's formulas, written out: (S, V) logits of tokens (S,) from the state s (S, D)."""
 
     def norm(x, name):
         return x / (x.pow(2).mean(-1, keepdim=True) + c.norm_eps).sqrt() * w[f"{name}.weight"]

@@ -7,9 +7,9 @@ devices; alone:
 import jax
 import numpy as np
 
-from conftest import small_config
 from jax_huginn.config.schema import Config
 from jax_huginn.parallel.mesh import make_mesh
+from tests.support import small_config
 
 assert jax.device_count() >= 8, f"needs 8 devices, has {jax.device_count()}: set the XLA_FLAGS of this docstring"
 

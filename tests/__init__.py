@@ -1,0 +1,1 @@
+"""Tests of the packages; `support` holds what they share."""
