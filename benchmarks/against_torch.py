@@ -89,7 +89,7 @@ def measure_in_a_process(side: str) -> dict[str, Any]:
 def run_jax(config: Config, rows: np.ndarray, options: argparse.Namespace) -> dict[str, Any]:
     import jax
 
-    from jax_huginn.model.huginn import cast_params
+    from jax_huginn.model.parameters import cast_params
     from jax_huginn.training.step import init_params, init_state, make_gradient, make_train_step
 
     batch = jax.device_put((rows[:, :-1], rows[:, 1:]))

@@ -10,8 +10,9 @@ import pytest
 from flax import nnx
 
 from jax_huginn.model import initializers
-from jax_huginn.model.huginn import MoEHuginnModel, cast_params
+from jax_huginn.model.huginn import MoEHuginnModel
 from jax_huginn.model.moe import route
+from jax_huginn.model.parameters import cast_params
 from jax_huginn.model.recurrence import SUMMED_AT_ONCE, iterate
 from jax_huginn.ops.cross_entropy import token_losses
 

@@ -10,7 +10,9 @@ from jax_huginn.config.cli import parse_config
 from jax_huginn.config.dicts import from_dict, to_dict
 from jax_huginn.config.schema import OptimizerConfig
 from jax_huginn.model.huginn import abstract_model
-from jax_huginn.training.optimizer import group_of, make_optimizer
+from jax_huginn.model.parameters import cast_params, group_of
+from jax_huginn.model.sharding import specs
+from jax_huginn.training.optimizer import decayed, make_optimizer
 
 OPTIMIZERS = ("adamw", "adam_atan2", "muon")
 each_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
@@ -51,10 +53,10 @@ def flat(tree):
 def test_every_parameter_of_a_model_is_in_the_group_that_its_name_says(make_config, placement):
     _, params = abstract_model(make_config(moe={"placement": placement}))
     groups = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    for path, _ in jax.tree_util.tree_leaves_with_path(params):
         names = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
         name = ".".join(names[-2:]) if "experts" in names else names[-1]
-        groups.setdefault(group_of(path, leaf), set()).add(name)
+        groups.setdefault(group_of(path), set()).add(name)
     assert groups == {
         "embedding": {"wte"},
         "router": {"router"},
@@ -62,6 +64,13 @@ def test_every_parameter_of_a_model_is_in_the_group_that_its_name_says(make_conf
         "expert stack": {"experts.w_gate", "experts.w_up", "experts.w_down"},
         "vector": {"weight", "qk_bias"},
     }
+
+
+def test_a_parameter_that_the_table_does_not_name_is_refused_everywhere():
+    params = {"moe": {"gain": jnp.zeros(3)}}
+    for ask in (decayed, specs, lambda params: cast_params(params, "bfloat16")):
+        with pytest.raises(KeyError, match="'gain' is missing from the table"):
+            ask(params)
 
 
 # ---- Decay --------------------------------------------------------------------------------------------------------
@@ -221,10 +230,10 @@ def test_each_optimizer_learns_a_small_problem(make_config, name):
     settings = {**RATE, "name": name, "learning_rate": 0.1, "weight_decay": 0.0, "cooldown_steps": 200}
     config = make_config(optimizer=settings, train={"steps": 300})
     x, target = (np.random.default_rng(seed).standard_normal(shape) for seed, shape in ((0, (64, 8)), (1, (8, 8))))
-    optimizer, params = make_optimizer(config), {"w": jnp.zeros((8, 8))}
+    optimizer, params = make_optimizer(config), {"adapter": jnp.zeros((8, 8))}
 
     def loss(params):
-        return jnp.mean((x @ (params["w"] - target)) ** 2)
+        return jnp.mean((x @ (params["adapter"] - target)) ** 2)
 
     @jax.jit
     def step(params, state):

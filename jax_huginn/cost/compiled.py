@@ -20,8 +20,9 @@ from jax_huginn.config.checks import ConfigError, require
 from jax_huginn.config.schema import Config
 from jax_huginn.cost.devices import Device
 from jax_huginn.cost.plan import Cluster
+from jax_huginn.model.sharding import shardings
 from jax_huginn.ops.attention import resolve
-from jax_huginn.parallel.mesh import BATCH, REPLICATED, make_mesh, shardings
+from jax_huginn.parallel.mesh import BATCH, REPLICATED, make_mesh
 from jax_huginn.training.step import init_state, make_train_step
 
 PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")

@@ -12,8 +12,10 @@ import jax
 import numpy as np
 
 from jax_huginn.config.schema import Config
-from jax_huginn.model.huginn import abstract_model, cast_params
-from jax_huginn.parallel.mesh import AXES, RULES, split_axes
+from jax_huginn.model.huginn import abstract_model
+from jax_huginn.model.parameters import cast_params, names_of
+from jax_huginn.model.sharding import RULES, split_axes
+from jax_huginn.parallel.mesh import AXES
 from jax_huginn.training.optimizer import make_optimizer
 
 Sizes = tuple[int, int, int]
@@ -77,7 +79,7 @@ def _arrays(tree: Any) -> list[Array]:
 
 
 def _array(path: Any, leaf: Any) -> Array:
-    names = [str(getattr(entry, "key", getattr(entry, "idx", ""))) for entry in path]
+    names = names_of(path)
     split = tuple(name for axes in split_axes(path, leaf) for name in axes)
     return Array(
         top=names[0] if names else "",

@@ -21,11 +21,13 @@ from jax_huginn.config.schema import Config
 from jax_huginn.model import initializers, remat
 from jax_huginn.model.blocks import RMSNorm, SandwichBlock
 from jax_huginn.model.moe import MoE, Routing
+from jax_huginn.model.parameters import cast_params
 from jax_huginn.model.recurrence import Depth, iterate
+from jax_huginn.model.sharding import gathered
 from jax_huginn.ops.cross_entropy import IGNORE, cross_entropy
 from jax_huginn.ops.norm import at_least_float32
 from jax_huginn.ops.rope import rope_table
-from jax_huginn.parallel.mesh import batch_mean, batch_sum, gathered
+from jax_huginn.parallel.mesh import batch_mean, batch_sum
 
 
 @jax.tree_util.register_dataclass
@@ -220,16 +222,6 @@ def abstract_model(config: Config) -> tuple[nnx.GraphDef, Any]:
     """The model's structure and the shapes of its parameters, without allocating any."""
     graphdef, params = nnx.split(nnx.eval_shape(lambda: MoEHuginnModel(config)))
     return graphdef, nnx.as_pure(params)
-
-
-def cast_params(params: Any, dtype: jax.typing.DTypeLike) -> Any:
-    """Parameters in the compute type, except the routers: their logits are computed in at least float32."""
-
-    def cast(path, leaf):
-        router = getattr(path[-1], "key", None) == "router"
-        return leaf.astype(at_least_float32(dtype) if router else dtype)
-
-    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def _recurrence_statistics(state_BSD: jax.Array, y_BSD: jax.Array, residual: jax.Array) -> dict[str, jax.Array]:

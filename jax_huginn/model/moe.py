@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax_huginn.config.schema import Config
 from jax_huginn.model import initializers
 from jax_huginn.ops.norm import at_least_float32
+from jax_huginn.ops.swiglu import expert_mlp
 from jax_huginn.parallel.expert import dispatch
 from jax_huginn.parallel.mesh import batch_mean, batch_sum
 
@@ -100,8 +101,11 @@ class Expert(nnx.Module):
         self.w_down = nnx.Param(projection(rngs.params(), (*experts, hidden, width), dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate, up = (checkpoint_name(x @ weight[...], "gate_up") for weight in (self.w_gate, self.w_up))
-        return (jax.nn.silu(gate) * up) @ self.w_down[...]
+        return expert_mlp(x, *self.weights)
+
+    @property
+    def weights(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return self.w_gate[...], self.w_up[...], self.w_down[...]
 
 
 class MoE(nnx.Module):
@@ -120,8 +124,7 @@ class MoE(nnx.Module):
         with jax.named_scope("router"):
             experts_TA, weights_TA, routing = route(x_TD, self.router[...], self.active)
         with jax.named_scope("experts"):
-            weights = (self.experts.w_gate[...], self.experts.w_up[...], self.experts.w_down[...])
-            y_TD, dropped = dispatch(self.parallel, x_TD, experts_TA, weights_TA, weights)
+            y_TD, dropped = dispatch(self.parallel, x_TD, experts_TA, weights_TA, self.experts.weights)
         with jax.named_scope("shared_expert"):
             y_TD += self.shared(x_TD)
         y_TD = checkpoint_name(y_TD, "matmul")

@@ -18,7 +18,8 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
+
+from jax_huginn.ops.swiglu import expert_mlp, gate_and_up, gated
 
 CAPACITY = 1.125  # slots per expert relative to an even split: a balanced router's largest group is about 1.12
 BLOCKS = 4  # blocks of tokens in an expert's capacity; smaller ones leave a GPU idle
@@ -62,14 +63,14 @@ def _forward(x_TD, experts_TA, weights_TA, w_gate_EDM, w_up_EDM, w_down_EMD, exp
     weights = weights_TA.astype(x_TD.dtype)
 
     x_ECD = _rows(x_TD, groups.tokens_EC)
-    gate, up = (checkpoint_name(_each(x_ECD, w), "gate_up") for w in (w_gate_EDM, w_up_EDM))
-    y_ECD = _each(jax.nn.silu(gate) * up, w_down_EMD)
+    gate, up = gate_and_up(x_ECD, w_gate_EDM, w_up_EDM)
+    y_ECD = gated(gate, up) @ w_down_EMD
     y_TD = jnp.einsum("tad,ta->td", groups.collect(y_ECD), weights)
 
     def add_block(expert, assignments_K, y_TD):
         tokens_K = assignments_K // groups.active
         x_KD = _rows(x_TD, tokens_K)
-        y_KD = (jax.nn.silu(x_KD @ w_gate_EDM[expert]) * (x_KD @ w_up_EDM[expert])) @ w_down_EMD[expert]
+        y_KD = expert_mlp(x_KD, w_gate_EDM[expert], w_up_EDM[expert], w_down_EMD[expert])
         return _add_rows(y_TD, tokens_K, _rows(weights.reshape(-1, 1), assignments_K) * y_KD)
 
     y_TD = groups.for_each_block(add_block, y_TD)
@@ -83,7 +84,7 @@ def _backward(experts_in_all, kept, d_y_TD):
 
     def backward(x, d_y, weight, gate, up, w_gate, w_up, w_down):
         """Gradients of rows (..., D) with weights (..., 1) through one expert each, batched over leading axes."""
-        hidden, swiglu_vjp = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate, up)
+        hidden, swiglu_vjp = jax.vjp(gated, gate, up)
         # <y, d_y> = <w_down hidden, d_y> = <hidden, w_down^T d_y>: the router's gradient without recomputing y.
         d_hidden = d_y @ jnp.swapaxes(w_down, -1, -2)
         d_weight = jnp.sum((hidden * d_hidden).astype(weights_TA.dtype), axis=-1, keepdims=True)
@@ -105,7 +106,7 @@ def _backward(experts_in_all, kept, d_y_TD):
         weight_K1 = _rows(flat_weights, assignments_K)
         w_gate, w_up, w_down = w_gate_EDM[expert], w_up_EDM[expert], w_down_EMD[expert]
         d_x_KD, d_weight_K1, *d_expert = backward(
-            x_KD, d_y_KD, weight_K1, x_KD @ w_gate, x_KD @ w_up, w_gate, w_up, w_down
+            x_KD, d_y_KD, weight_K1, *gate_and_up(x_KD, w_gate, w_up), w_gate, w_up, w_down
         )
         d_experts = [d_all.at[expert].add(d) for d_all, d in zip(d_experts, d_expert, strict=True)]
         d_flat_weights = _add_rows(d_flat_weights, assignments_K, d_weight_K1)
@@ -196,11 +197,6 @@ def _running_counts(here_NE: jax.Array) -> jax.Array:
 def _round_up(size: float) -> int:
     """To a multiple of 8, at least 8."""
     return max(math.ceil(size / 8) * 8, 8)
-
-
-def _each(x_ECI: jax.Array, w_EIO: jax.Array) -> jax.Array:
-    """One matmul per expert: (E,C,I) by (E,I,O)."""
-    return jnp.einsum("eci,eio->eco", x_ECI, w_EIO)
 
 
 def _rows(x: jax.Array, indices: jax.Array) -> jax.Array:

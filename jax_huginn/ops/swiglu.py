@@ -1,19 +1,19 @@
-"""`silu(gate) * up` of the dense MLPs, on the fused output of one matmul.
+"""SwiGLU: on the fused gate and up of a dense MLP, and as the MLP of an expert, which keeps them apart.
 
-Shapes: (..., 2F) in, gate first; (..., F) out.
+Shapes: D width, F MLP hidden width, M expert hidden width.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from jax_huginn.ops.norm import at_least_float32
 
 
 def swiglu_oracle(gate_up: jax.Array) -> jax.Array:
-    """silu(gate) * up of [gate | up] along the last axis."""
-    gate, up = jnp.split(gate_up, 2, axis=-1)
-    return jax.nn.silu(gate) * up
+    """silu(gate) * up of [gate | up] along the last axis: (..., 2F) to (..., F)."""
+    return gated(*jnp.split(gate_up, 2, axis=-1))
 
 
 # The gradient is written by hand: under rematerialisation autodiff recomputes six arrays of the hidden width, stores
@@ -38,3 +38,21 @@ def _backward(gate_up: jax.Array, d_hidden: jax.Array):
 
 
 swiglu.defvjp(_forward, _backward)
+
+
+# ---- An expert's MLP ------------------------------------------------------------------------------------------------
+
+
+def expert_mlp(x: jax.Array, w_gate: jax.Array, w_up: jax.Array, w_down: jax.Array) -> jax.Array:
+    """w_down(silu(w_gate x) * (w_up x)): (T,D) through one expert, or (E,C,D) through a stack of E, C rows each."""
+    return gated(*gate_and_up(x, w_gate, w_up)) @ w_down
+
+
+def gate_and_up(x: jax.Array, w_gate: jax.Array, w_up: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The first matmuls of an expert, under the name by which `model.remat` keeps them."""
+    return checkpoint_name(x @ w_gate, "gate_up"), checkpoint_name(x @ w_up, "gate_up")
+
+
+def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up."""
+    return jax.nn.silu(gate) * up

@@ -15,6 +15,7 @@ from jax import lax
 
 from jax_huginn.config.schema import ParallelConfig
 from jax_huginn.ops.grouped_mlp import grouped_mlp, ranks
+from jax_huginn.ops.swiglu import expert_mlp
 from jax_huginn.parallel.mesh import all_gather, batch_sum, inside, reduce_scatter
 
 AXIS = "expert"
@@ -82,10 +83,7 @@ def _all_to_all(config: ParallelConfig, x_TD, experts_TA, weights_TA, weights: W
     received = lax.all_to_all(sent, AXIS, split_axis=0, concat_axis=0)
     rows_LCD = received.reshape(devices, local, capacity, width).swapaxes(0, 1).reshape(local, -1, width)
 
-    w_gate, w_up, w_down = weights
-    hidden = jax.nn.silu(jnp.einsum("lcd,ldm->lcm", rows_LCD, w_gate)) * jnp.einsum("lcd,ldm->lcm", rows_LCD, w_up)
-    y_LCD = jnp.einsum("lcm,lmd->lcd", hidden, w_down)
-
+    y_LCD = expert_mlp(rows_LCD, *weights)
     back = y_LCD.reshape(local, devices, capacity, width).swapaxes(0, 1).reshape(devices, local * capacity, width)
     y = lax.all_to_all(back, AXIS, split_axis=0, concat_axis=0).reshape(-1, width)
     y_TAD = y.at[place_TA].get(mode="fill", fill_value=0)

@@ -1,7 +1,7 @@
 """The optimisers on float32 master weights, which weights each of them moves and decays, and the schedules."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ import optax
 import optax.contrib
 
 from jax_huginn.config.schema import Config
+from jax_huginn.model.parameters import Group, group_of
 from jax_huginn.training.adam_atan2 import scale_by_adam_atan2
 
 MUON_MOMENTUM = 0.95  # of Keller Jordan's Muon, torch.optim.Muon and optax alike
@@ -39,22 +40,10 @@ def make_schedule(config: Config) -> Callable[[jax.typing.ArrayLike], jax.Array]
 
 # ---- Groups of weights --------------------------------------------------------------------------------------------
 
-Group = Literal["vector", "embedding", "router", "matrix", "expert stack"]
-
-
-def group_of(path: Any, leaf: Any) -> Group:
-    """What a parameter is, by its path and shape. Vectors are the norms and the biases, whatever their shape."""
-    names = [getattr(entry, "key", None) for entry in path]
-    if leaf.ndim < 2 or names[-1] == "qk_bias":
-        return "vector"
-    if names[-1] in ("wte", "router"):
-        return "embedding" if names[-1] == "wte" else "router"
-    return "expert stack" if "experts" in names else "matrix"
-
 
 def _where(*groups: Group) -> Callable[[Any], Any]:
     """params -> tree of booleans, true for the parameters of these groups."""
-    return lambda params: jax.tree_util.tree_map_with_path(lambda *leaf: group_of(*leaf) in groups, params)
+    return lambda params: jax.tree_util.tree_map_with_path(lambda path, _: group_of(path) in groups, params)
 
 
 decayed = _where("embedding", "router", "matrix", "expert stack")
@@ -92,7 +81,7 @@ def _adam_atan2(config: Config) -> optax.GradientTransformation:
     """Adam-atan2 of the public run: a weight loses learning rate / peak * weight decay of itself in a step."""
     optimizer = config.optimizer
     return optax.chain(
-        scale_by_adam_atan2(optimizer.b1, optimizer.b2, lambda *leaf: group_of(*leaf) == "expert stack"),
+        scale_by_adam_atan2(optimizer.b1, optimizer.b2, lambda path, _: group_of(path) == "expert stack"),
         optax.add_decayed_weights(optimizer.decay / optimizer.learning_rate, decayed),
         optax.scale_by_learning_rate(make_schedule(config)),
     )

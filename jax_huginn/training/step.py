@@ -17,8 +17,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_huginn.config.schema import Config
 from jax_huginn.model import initializers
-from jax_huginn.model.huginn import HuginnOutput, MoEHuginnModel, abstract_model, cast_params
+from jax_huginn.model.huginn import HuginnOutput, MoEHuginnModel, abstract_model
 from jax_huginn.model.moe import Routing
+from jax_huginn.model.parameters import cast_params
+from jax_huginn.model.sharding import shardings, specs, summed_gradients
 from jax_huginn.parallel.mesh import (
     AXES,
     REPLICATED,
@@ -27,9 +29,6 @@ from jax_huginn.parallel.mesh import (
     device_index,
     make_mesh,
     per_device,
-    shardings,
-    specs,
-    summed_gradients,
 )
 from jax_huginn.training.optimizer import make_optimizer, make_schedule
 

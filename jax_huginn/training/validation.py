@@ -12,9 +12,11 @@ from jax.sharding import Mesh, NamedSharding
 
 from jax_huginn.config.schema import Config
 from jax_huginn.model import initializers
-from jax_huginn.model.huginn import abstract_model, cast_params
+from jax_huginn.model.huginn import abstract_model
+from jax_huginn.model.parameters import cast_params
+from jax_huginn.model.sharding import specs
 from jax_huginn.ops.cross_entropy import IGNORE
-from jax_huginn.parallel.mesh import BATCH, REPLICATED, from_every_host, per_device, replicated, specs
+from jax_huginn.parallel.mesh import BATCH, REPLICATED, from_every_host, per_device, replicated
 
 
 def make_validation(

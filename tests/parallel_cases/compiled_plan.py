@@ -18,8 +18,9 @@ from jax_huginn.cost.compiled import lower_step
 from jax_huginn.cost.memory import core_gradient, device_memory
 from jax_huginn.cost.shapes import state_shapes
 from jax_huginn.cost.traffic import step_traffic
-from jax_huginn.model.huginn import cast_params
-from jax_huginn.parallel.mesh import AXES, REPLICATED, per_device, specs
+from jax_huginn.model.parameters import cast_params
+from jax_huginn.model.sharding import specs
+from jax_huginn.parallel.mesh import AXES, REPLICATED, per_device
 from jax_huginn.training.step import init_params, make_gradient
 from tests.parallel_cases.support import mesh_config, mesh_of
 

@@ -16,7 +16,8 @@ from jax_huginn.checkpoints.load import load_checkpoint
 from jax_huginn.checkpoints.save import Checkpoints
 from jax_huginn.config.schema import CheckpointConfig
 from jax_huginn.data.pipeline import IGNORED
-from jax_huginn.parallel.mesh import AXES, REPLICATED, per_device, shardings, specs
+from jax_huginn.model.sharding import shardings, specs
+from jax_huginn.parallel.mesh import AXES, REPLICATED, per_device
 from jax_huginn.training.depth import sample_depths
 from jax_huginn.training.optimizer import make_optimizer
 from jax_huginn.training.step import abstract_state, init_params, init_state, make_gradient, make_state, make_train_step

@@ -1,0 +1,71 @@
+"""What every parameter is, by the last name of its path: how it is sharded, optimised and computed with."""
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+
+from jax_huginn.ops.norm import at_least_float32
+
+Group = Literal["vector", "embedding", "router", "matrix", "expert stack"]
+
+
+class Parameter(NamedTuple):
+    """One kind of parameter."""
+
+    axes: tuple[str, ...]
+    """Logical axes, which `model.sharding` maps to the mesh; a stack of experts has one more in front."""
+    group: Group
+    """What the optimiser takes it for: weight decay skips vectors, Muon takes matrices and stacks."""
+    precise: bool = False
+    """Computed with in at least float32 whatever `model.dtype` is."""
+
+
+PARAMETERS = {
+    "wte": Parameter(("vocabulary", "width"), "embedding"),
+    "adapter": Parameter(("state_and_embedding", "width"), "matrix"),
+    "w_qkv": Parameter(("width", "heads"), "matrix"),
+    "w_out": Parameter(("heads", "width"), "matrix"),
+    "w_fc": Parameter(("width", "hidden"), "matrix"),
+    "w_proj": Parameter(("hidden", "width"), "matrix"),
+    "router": Parameter(("width", "choices"), "router", precise=True),
+    "w_gate": Parameter(("width", "hidden"), "matrix"),
+    "w_up": Parameter(("width", "hidden"), "matrix"),
+    "w_down": Parameter(("hidden", "width"), "matrix"),
+    "qk_bias": Parameter(("queries_and_keys", "one", "heads", "head"), "vector"),
+    "weight": Parameter(("norm",), "vector"),
+}
+
+
+def parameter_of(path: Any) -> Parameter:
+    """The table's entry for the array at a path of `jax.tree_util`.
+
+    Raises:
+        KeyError: a name that is not in the table.
+    """
+    names = names_of(path)
+    if names[-1] not in PARAMETERS:
+        raise KeyError(
+            f"{jax.tree_util.keystr(path)}: parameter {names[-1]!r} is missing from the table of model/parameters.py"
+        )
+    kind = PARAMETERS[names[-1]]
+    if "experts" not in names:
+        return kind
+    return kind._replace(axes=("experts", *kind.axes), group="expert stack")
+
+
+def group_of(path: Any) -> Group:
+    """What the optimiser takes the parameter at a path for."""
+    return parameter_of(path).group
+
+
+def cast_params(params: Any, dtype: jax.typing.DTypeLike) -> Any:
+    """Parameters in the type to compute with: `dtype`, and for a router at least float32."""
+    precise = at_least_float32(dtype)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.astype(precise if parameter_of(path).precise else dtype), params
+    )
+
+
+def names_of(path: Any) -> list[str]:
+    """The names along a path: keys, attributes and indices alike."""
+    return [str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", "")))) for entry in path]
