@@ -6,7 +6,7 @@ import importlib
 _PUBLIC = {
     "MoEHuginnModel": "jax_huginn.model.huginn",
     "MoEHuginnConfig700M": "jax_huginn.config.presets",
-    "load_checkpoint": "jax_huginn.checkpoints.load",
+    "load_checkpoint": "jax_huginn.checkpoints.sources",
 }
 __all__ = ["MoEHuginnConfig700M", "MoEHuginnModel", "load_checkpoint"]  # pyright: ignore[reportUnsupportedDunderAll]
 

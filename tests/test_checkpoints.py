@@ -16,8 +16,9 @@ import pytest
 
 from jax_huginn.checkpoints import step_folders
 from jax_huginn.checkpoints.checksums import as_hex, checksum, checksums
-from jax_huginn.checkpoints.load import find_step, load_checkpoint
+from jax_huginn.checkpoints.load import find_step
 from jax_huginn.checkpoints.save import Checkpoints
+from jax_huginn.checkpoints.sources import load_checkpoint
 from jax_huginn.checkpoints.step_folders import CheckpointError, DamagedError, retire, seal, steps_in, verify
 from jax_huginn.config.schema import CheckpointConfig, Config, TrainConfig
 from jax_huginn.parallel.mesh import make_mesh

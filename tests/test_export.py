@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 import torch_reference
 from jax_huginn import import_checkpoint
 from jax_huginn.checkpoints.import_run import write_run
-from jax_huginn.checkpoints.load import find_step, load_checkpoint, load_config
-from jax_huginn.checkpoints.step_folders import CheckpointError
+from jax_huginn.checkpoints.load import find_step
+from jax_huginn.checkpoints.sources import load_checkpoint, open_source
 from jax_huginn.data.tokenizer import save_tokenizer, train_tokenizer
 from jax_huginn.export import main as export_main
 from jax_huginn.interop.errors import ExportError, WeightsError
@@ -84,7 +84,7 @@ def test_a_pth_comes_back_to_the_bit(make_config, tmp_path, kind):
     loaded = load_checkpoint(tmp_path / "run")
     assert_same(model, loaded)
     assert find_step(tmp_path / "run") == tmp_path / "run/checkpoints/0"
-    assert load_config(tmp_path / "run").run_dir == str(tmp_path / "run")
+    assert open_source(tmp_path / "run").config.run_dir == str(tmp_path / "run")
     assert json.loads((tmp_path / "run/config.json").read_text())["run_dir"] == str(tmp_path / "run")
     # and the other way round: the import's export is the file that it came from
     write_pth(loaded, tmp_path / "again.pth")
@@ -190,6 +190,7 @@ def test_the_commands_convert_a_run_to_both_forms_and_back(imported, tmp_path, m
 
 def test_no_half_made_output_is_left_and_none_is_overwritten(imported, tmp_path, monkeypatch):
     (tmp_path / "out.pth").write_text("mine")
+    (tmp_path / "empty").mkdir()
     before = sorted(tmp_path.iterdir())
     for out, message in (
         ("out.pth", "exists: remove it or name another --out"),
@@ -200,8 +201,8 @@ def test_no_half_made_output_is_left_and_none_is_overwritten(imported, tmp_path,
     ):
         with pytest.raises(ExportError, match=message):
             run_main(export_main, monkeypatch, imported, "--out", tmp_path / out)
-    for run in ("absent", "folder", "out.pth"):
-        with pytest.raises(CheckpointError, match=r"no run or checkpoint|no checkpoint in"):
+    for run in ("absent", "empty", "out.pth"):
+        with pytest.raises(WeightsError, match=f"{run}: "):
             run_main(export_main, monkeypatch, tmp_path / run, "--out", tmp_path / "new.pth")
     with pytest.raises(WeightsError, match="exists: remove it or name another --out"):
         run_main(import_checkpoint.main, monkeypatch, tmp_path / "folder", "--out", imported)

@@ -9,7 +9,7 @@ import pytest
 
 from jax_huginn.checkpoints.import_run import write_run
 from jax_huginn.checkpoints.init_from import adopt_tokenizer, open_start
-from jax_huginn.checkpoints.load import load_checkpoint
+from jax_huginn.checkpoints.sources import load_checkpoint
 from jax_huginn.checkpoints.step_folders import CheckpointError
 from jax_huginn.config.checks import ConfigError
 from jax_huginn.config.schema import CheckpointConfig, Config, DataConfig

@@ -1,4 +1,4 @@
-"""Read a checkpoint: the config, the parameters or the model of a run folder or of one step folder."""
+"""Read a checkpoint: the newest whole step of a run, its config and its parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 
-import jax_huginn.model.huginn as huginn
 from jax_huginn.checkpoints import step_folders
 from jax_huginn.checkpoints.checksums import as_hex, checksums
 from jax_huginn.checkpoints.step_folders import CHECKPOINTS, CheckpointError, DamagedError
@@ -51,43 +50,36 @@ def find_step(run_or_step: str | os.PathLike) -> Path:
     return folder / str(newest)
 
 
-def load_config(run_or_step: str | os.PathLike) -> Config:
-    """The config that a checkpoint was written with."""
-    return config_of(find_step(run_or_step))
-
-
-def load_checkpoint(run_or_step: str | os.PathLike) -> huginn.MoEHuginnModel:
-    """The model of a run's newest good checkpoint, or of one step folder; its `config` attribute is the run's.
-
-    Raises:
-        CheckpointError: no checkpoint there, or a damaged one.
-    """
-    return load_step(find_step(run_or_step))
-
-
-def load_step(step: Path) -> huginn.MoEHuginnModel:
-    """The model of a step folder that `find_step` gave, which has read all its files once to compare them.
-
-    Raises:
-        DamagedError: its values are not those that were saved.
-    """
-    graphdef, params = huginn.abstract_model(config_of(step))
-    return nnx.merge(graphdef, restore_params(step, _placed(params)))
-
-
 def restore_params(step: Path, abstract: Any) -> Any:
-    """The parameters in a step folder, typed and placed as the `abstract` ones are.
+    """The parameters in a step folder, typed and placed as the `abstract` ones are; one array is read after the other.
 
     Raises:
         DamagedError: their values are not those that were saved.
     """
     kind = config_of(step).model.param_dtype  # as they were saved: the checksums are of that type
-    saved = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, kind, sharding=x.sharding), abstract)
-    restored = read_items(step, params=ocp.args.StandardRestore(nnx.to_pure_dict(saved)))["params"]
-    compare_arrays(step, "params", restored, step_folders.array_sums(step))
-    restored = jax.tree.map(lambda x, target: x.astype(target.dtype), restored, nnx.to_pure_dict(abstract))
-    nnx.replace_by_pure_dict(abstract, restored)
+    saved = step_folders.array_sums(step)
+    tree = nnx.to_pure_dict(abstract)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    restored = []
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+        for path, target in leaves:
+            one = _nested(path, jax.ShapeDtypeStruct(target.shape, kind, sharding=target.sharding))
+            arguments = jax.tree.map(
+                lambda x: ocp.ArrayRestoreArgs(dtype=x.dtype, sharding=x.sharding, global_shape=x.shape), one
+            )
+            item = ocp.args.PyTreeRestore(item=one, restore_args=arguments, partial_restore=True)
+            found = reader.restore(step.resolve(), args=ocp.args.Composite(params=item))["params"]
+            compare_arrays(step, "params", found, saved)
+            restored.append(jax.tree.leaves(found)[0].astype(target.dtype))
+    nnx.replace_by_pure_dict(abstract, jax.tree.unflatten(structure, restored))
     return nnx.as_pure(abstract)
+
+
+def _nested(path: Any, leaf: Any) -> Any:
+    """The part of a tree of dicts that leads to one leaf."""
+    for entry in reversed(path):
+        leaf = {entry.key: leaf}
+    return leaf
 
 
 def config_of(step: Path) -> Config:
@@ -111,9 +103,3 @@ def compare_arrays(step: Path, item: str, arrays: Any, saved: step_folders.Array
     for name, value in as_hex(checksums(arrays)).items():
         if saved.get(item, {}).get(name) != value:
             raise DamagedError(step, f"{item} {name} does not hold the values that were saved")
-
-
-def _placed(tree: Any) -> Any:
-    """The abstract arrays, to be restored onto the default device whatever device they were saved from."""
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), tree)

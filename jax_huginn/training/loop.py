@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_huginn.checkpoints.init_from import adopt_tokenizer, open_start
+from jax_huginn.checkpoints.init_from import adopt_tokenizer, load_into, open_start
 from jax_huginn.checkpoints.run_folder import RunLock, open_run_folder
 from jax_huginn.checkpoints.save import Checkpoints
 from jax_huginn.checkpoints.step_folders import CheckpointError
@@ -79,7 +79,7 @@ def _train(config: Config, deadline: Deadline | None, lock: RunLock) -> None:
     else:
         state = make_state(config, mesh)
         if initial:
-            state = dataclasses.replace(state, params=initial.load(state.params))
+            state = dataclasses.replace(state, params=load_into(initial, state.params))
             console.say(f"weights of {config.checkpoint.init_from}, fresh optimiser")
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     device = jax.devices()[0]

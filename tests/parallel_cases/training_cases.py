@@ -12,8 +12,8 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from jax_huginn.checkpoints.load import load_checkpoint
 from jax_huginn.checkpoints.save import Checkpoints
+from jax_huginn.checkpoints.sources import load_checkpoint
 from jax_huginn.config.schema import CheckpointConfig
 from jax_huginn.data.pipeline import IGNORED
 from jax_huginn.model.sharding import shardings, specs
