@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jax_huginn.checkpoints.import_run import write_run
-from jax_huginn.checkpoints.init_from import adopt_tokenizer, open_start
+from jax_huginn.checkpoints.init_from import adopt_tokenizer, load_into, open_start
 from jax_huginn.checkpoints.sources import load_checkpoint
 from jax_huginn.checkpoints.step_folders import CheckpointError
 from jax_huginn.config.checks import ConfigError
@@ -49,7 +49,7 @@ def test_every_source_gives_the_same_weights(sources, make_config, source):
     fresh = jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), abstract_model(config)[1])
     start = open_start(config)
     assert start is not None
-    loaded = start.load(fresh)
+    loaded = load_into(start, fresh)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(fresh))
     assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {np.dtype(np.float64)}
     jax.tree.map(np.testing.assert_array_equal, loaded, params_of(model))
@@ -76,15 +76,15 @@ def test_nothing_to_start_from_is_one_line(sources, make_config, tmp_path):
     assert open_start(make_config()) is None
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "text.pth").write_text("x")
-    for path, error, message in (
-        (tmp_path / "absent", CheckpointError, "checkpoint.init_from=.*absent: no such file or folder"),
-        (tmp_path, CheckpointError, "no checkpoint in"),
-        (tmp_path / "text.pth", WeightsError, "broken, or not written by torch.save"),
+    for path, message in (
+        (tmp_path / "absent", "no model at .*absent: give a run folder"),
+        (tmp_path, "no config.json there, so neither a run nor a Hugging Face folder"),
+        (tmp_path / "text.pth", "broken, or not written by torch.save"),
     ):
         config = dataclasses.replace(starting(make_config(), path), run_dir=str(tmp_path / "run"))
-        with pytest.raises(error, match=message):
+        with pytest.raises(WeightsError, match=message):
             train(config)
-        assert not (tmp_path / "run").exists()  # a folder would hold the mistaken config against the mended one
+        assert not (tmp_path / "run").exists()  # its config would be compared with the corrected one
 
 
 def test_a_start_brings_its_tokenizer_unless_the_run_names_one(sources, make_config, tmp_path):
