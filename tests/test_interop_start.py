@@ -11,10 +11,9 @@ from jax_huginn.checkpoints.import_run import write_run
 from jax_huginn.checkpoints.init_from import adopt_tokenizer, load_into, open_start
 from jax_huginn.checkpoints.sources import load_checkpoint
 from jax_huginn.checkpoints.step_folders import CheckpointError
-from jax_huginn.config.checks import ConfigError
+from jax_huginn.config.checks import ConfigError, UserError
 from jax_huginn.config.schema import CheckpointConfig, Config, DataConfig
 from jax_huginn.data.tokenizer import save_tokenizer, train_tokenizer
-from jax_huginn.interop.errors import WeightsError
 from jax_huginn.interop.huggingface import read_huggingface, write_huggingface
 from jax_huginn.interop.names import params_of
 from jax_huginn.interop.pth import write_pth
@@ -78,11 +77,11 @@ def test_nothing_to_start_from_is_one_line(sources, make_config, tmp_path):
     (tmp_path / "text.pth").write_text("x")
     for path, message in (
         (tmp_path / "absent", "no model at .*absent: give a run folder"),
-        (tmp_path, "no config.json there, so neither a run nor a Hugging Face folder"),
+        (tmp_path, "no checkpoint in"),
         (tmp_path / "text.pth", "broken, or not written by torch.save"),
     ):
         config = dataclasses.replace(starting(make_config(), path), run_dir=str(tmp_path / "run"))
-        with pytest.raises(WeightsError, match=message):
+        with pytest.raises(UserError, match=message):
             train(config)
         assert not (tmp_path / "run").exists()  # its config would be compared with the corrected one
 
