@@ -18,9 +18,9 @@ import pytest
 
 from jax_huginn.config.schema import Config, DataConfig, ModelConfig, TrainConfig, ValidationConfig
 from jax_huginn.data.pipeline import Data, build_data
-from jax_huginn.data.position import whole_position
-from jax_huginn.data.sources.bad import SHOWN, BadData
-from jax_huginn.data.sources.files import DataError, TextFile
+from jax_huginn.data.resume import whole_position
+from jax_huginn.data.sources.bad_data import SHOWN, BadData
+from jax_huginn.data.sources.files import CorpusFile, DataError
 from jax_huginn.data.sources.parquet import parquet_pieces
 from jax_huginn.data.sources.text import text_pieces
 from jax_huginn.data.streams import RowDataset
@@ -43,10 +43,10 @@ def good(first: int, count: int) -> list[list[int]]:
     return [[first + index, 1, 2, 3, 4] for index in range(count)]
 
 
-def write(path: Path, rows: list, group: int = 10) -> TextFile:
+def write(path: Path, rows: list, group: int = 10) -> CorpusFile:
     table = pa.table({"input_ids": pa.array(rows, pa.list_(pa.int32()))})
     pq.write_table(table, path, row_group_size=group, use_dictionary=False, compression="none")
-    return TextFile(path.name, path)
+    return CorpusFile(path.name, path)
 
 
 def with_bad(rows: list[list[int]]) -> list:
@@ -57,7 +57,7 @@ def with_bad(rows: list[list[int]]) -> list:
     return [*mixed, *rows[len(BAD) * 3 :], [7]]
 
 
-def read(file: TextFile, offset: int = 0, bad: BadData | None = None, **settings: Any) -> list[int]:
+def read(file: CorpusFile, offset: int = 0, bad: BadData | None = None, **settings: Any) -> list[int]:
     skip = bad or BadData("skip", lambda line: None)
     fields = {"length": S + 1, "vocab_size": V} | settings
     return [int(row[0]) for _, piece in parquet_pieces(file, offset, bad=skip, **fields) for row in piece]
@@ -76,7 +76,7 @@ def test_a_bad_row_is_skipped_or_stops(tmp_path: Path, kind: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def bad_files(folder: Path) -> dict[str, TextFile]:
+def bad_files(folder: Path) -> dict[str, CorpusFile]:
     """One file of every kind that cannot be used."""
     whole = write(folder / "whole.parquet", good(0, 50)).path.read_bytes()
     contents = {
@@ -100,7 +100,7 @@ def bad_files(folder: Path) -> dict[str, TextFile]:
     for name, table in tables.items():
         pq.write_table(table, folder / f"{name}.parquet")
     for name in (*contents, *tables):
-        files[name] = TextFile(f"{name}.parquet", folder / f"{name}.parquet")
+        files[name] = CorpusFile(f"{name}.parquet", folder / f"{name}.parquet")
     return files
 
 
@@ -133,7 +133,7 @@ def test_the_log_tells_the_first_rows_of_a_file_and_their_number_once(tmp_path: 
 
 
 def test_a_fault_of_the_machine_is_no_bad_data(tmp_path: Path) -> None:
-    file = TextFile("gone.parquet", tmp_path / "gone.parquet")
+    file = CorpusFile("gone.parquet", tmp_path / "gone.parquet")
     with pytest.raises(DataError, match="cannot be read: "):  # skipping it would change the data of a resumed run
         read(file)
 
@@ -144,10 +144,10 @@ def test_bad_lines_of_jsonl_are_skipped(tmp_path: Path) -> None:
     path.write_text("\n".join(lines))
     told: list[str] = []
     bad = BadData("skip", told.append)
-    documents = [document.text for _, piece in text_pieces(TextFile("a.jsonl", path), bad=bad) for document in piece]
+    documents = [document.text for _, piece in text_pieces(CorpusFile("a.jsonl", path), bad=bad) for document in piece]
     assert documents == ["one", "two"]
     assert bad.rows == 5
-    assert told[0] == f'skipped: {path} line 2 is no JSON object with a string "text"'
+    assert told[0] == f'skipped: {path} line 2 is not a JSON object with a string "text"'
     assert told[-1] == f"skipped: 5 rows of {path} in all"
 
 
@@ -165,7 +165,7 @@ def test_pieces_are_the_same_from_wherever_reading_starts(tmp_path: Path) -> Non
             np.testing.assert_array_equal(left, right)
 
 
-def damaged_inside(path: Path) -> TextFile:
+def damaged_inside(path: Path) -> CorpusFile:
     """Row group 2 of 4, of 100 rows each, has a damaged page."""
     file = write(path, with_bad(good(0, 370)), group=100)
     with pq.ParquetFile(path) as table:
@@ -301,7 +301,7 @@ def test_held_out_data_follows_the_policy(folder: Path, tmp_path: Path) -> None:
 def numbered(count: int, processes: int, process: int, streams: int = 4) -> Iterator[np.ndarray]:
     """A share of the rows of `count` files, some of which are of no use."""
 
-    def pieces(bad: BadData, file: TextFile, offset: int) -> Iterator[tuple[int, np.ndarray]]:
+    def pieces(bad: BadData, file: CorpusFile, offset: int) -> Iterator[tuple[int, np.ndarray]]:
         number = int(file.relative_path)
         if number % 5 == 4:
             return bad.file(file, "is of no use")
@@ -313,7 +313,7 @@ def numbered(count: int, processes: int, process: int, streams: int = 4) -> Iter
         return None
 
     bad = BadData("skip", lambda line: None)
-    files = [TextFile(str(index), Path(str(index)), size=index) for index in range(count)]
+    files = [CorpusFile(str(index), Path(str(index)), size=index) for index in range(count)]
     return iter(
         RowDataset(
             files,
@@ -390,12 +390,12 @@ def test_parts_that_do_not_belong_together_are_refused() -> None:
     interleaved(share, 8)
     parts = [each.get_state() for each in share]
     for wrong in ([parts[0]], [parts[0], parts[0]], [*parts, parts[0]]):
-        with pytest.raises(DataError, match="parts of a position are of the processes"):
+        with pytest.raises(DataError, match="parts of a position come from processes"):
             whole_position(wrong)
     next(share[0])
     with pytest.raises(DataError, match="differ in rows"):
         whole_position([each.get_state() for each in share])
-    with pytest.raises(DataError, match="is not that of"):
+    with pytest.raises(DataError, match="was given to"):
         share[1].set_state(parts[0])
 
 
@@ -445,7 +445,7 @@ def originals(path: Path) -> list[bytes]:
 
 def test_fuzzed_parquet_gives_rows_or_a_data_error(tmp_path: Path) -> None:
     contents = originals(tmp_path / "original.parquet")
-    file = TextFile("fuzzed.parquet", tmp_path / "fuzzed.parquet")
+    file = CorpusFile("fuzzed.parquet", tmp_path / "fuzzed.parquet")
     outcomes = {"rows": 0, "stopped": 0, "skipped": 0}
     for case in range(CASES):
         rng = np.random.default_rng([17, case])

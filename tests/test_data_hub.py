@@ -20,11 +20,11 @@ from huggingface_hub.utils import close_session
 
 from jax_huginn.config.schema import Config, DataConfig, ModelConfig, TrainConfig, ValidationConfig
 from jax_huginn.data.pipeline import Data, build_data
-from jax_huginn.data.position import whole_position
-from jax_huginn.data.sources import downloads
+from jax_huginn.data.resume import whole_position
+from jax_huginn.data.sources import download
 from jax_huginn.data.sources.cache import FileCache
-from jax_huginn.data.sources.downloads import FetchError, Patience, fetch
-from jax_huginn.data.sources.files import DataError, TextFile
+from jax_huginn.data.sources.download import FetchError, Patience, fetch
+from jax_huginn.data.sources.files import CorpusFile, DataError
 from jax_huginn.data.sources.hub import Listing, read_listing, split_listing
 from tests.hub_server import REPOSITORY, Fault, HubServer, digest, serving
 
@@ -56,8 +56,8 @@ def point_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[HubServer], None]:
         monkeypatch.setattr(
             hf, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         )
-        monkeypatch.setattr(downloads, "FIRST_PAUSE", 0.005)
-        monkeypatch.setattr(downloads, "LONGEST_PAUSE", 0.02)
+        monkeypatch.setattr(download, "FIRST_PAUSE", 0.005)
+        monkeypatch.setattr(download, "LONGEST_PAUSE", 0.02)
         close_session()
 
     return point
@@ -202,7 +202,7 @@ def test_a_wrong_or_cut_file_is_never_parsed(hub: HubServer, tmp_path: Path, mon
 
     whole, read = {digest(content): path for path, content in FILES.items()}, []
 
-    def spy(file: TextFile, offset: int, *, path: Path, **settings: Any) -> Iterator[Any]:
+    def spy(file: CorpusFile, offset: int, *, path: Path, **settings: Any) -> Iterator[Any]:
         read.append(whole[digest(path.read_bytes())])
         return parquet_pieces(file, offset, path=path, **settings)
 
@@ -219,24 +219,24 @@ def test_a_wrong_or_cut_file_is_never_parsed(hub: HubServer, tmp_path: Path, mon
 def test_pauses_double_with_jitter_and_follow_retry_after(tmp_path: Path, hub: HubServer) -> None:
     pauses: list[float] = []
     lines: list[str] = []
-    file = TextFile(NAME, Path(REPOSITORY, NAME), size=len(FILES[NAME]), digest=digest(FILES[NAME]))
+    file = CorpusFile(NAME, Path(REPOSITORY, NAME), size=len(FILES[NAME]), digest=digest(FILES[NAME]))
     hub.faults[NAME] = [Fault(429, {"Retry-After": "7"}), *[Fault(503)] * 5]
-    downloads.FIRST_PAUSE, downloads.LONGEST_PAUSE = 1.0, 4.0
+    download.FIRST_PAUSE, download.LONGEST_PAUSE = 1.0, 4.0
     fetch(REPOSITORY, hub.head, file, tmp_path / "part", tmp_path / "file", Patience(pauses.append, lines.append))
     pauses = [pause for pause in pauses if pause]
     assert pauses[0] == 7
     for pause, middle in zip(pauses[1:], [2, 4, 4, 4, 4], strict=True):
         assert 0.5 * middle <= pause <= 1.5 * middle
     assert len(set(pauses)) == 6
-    assert lines[0] == f"{REPOSITORY}/{NAME}: HTTP status 429; again in 7 s"
-    assert FetchError("", wait=downloads._seconds("Wed, 21 Oct 2015 07:28:00 GMT")).wait == 0
+    assert lines[0] == f"{REPOSITORY}/{NAME}: HTTP status 429; retrying in 7 s"
+    assert FetchError("", wait=download._seconds("Wed, 21 Oct 2015 07:28:00 GMT")).wait == 0
 
 
 def test_a_fault_of_a_file_that_is_only_next_is_no_end(tmp_path: Path) -> None:
-    files = [TextFile(name, Path(name), size=1, digest=digest(name.encode())) for name in "ab"]
+    files = [CorpusFile(name, Path(name), size=1, digest=digest(name.encode())) for name in "ab"]
     failed, lines = threading.Event(), []
 
-    def write(file: TextFile, part: Path, target: Path) -> None:
+    def write(file: CorpusFile, part: Path, target: Path) -> None:
         if file is files[1] and not failed.is_set():
             raise DataError("b cannot be fetched")
         target.write_bytes(file.relative_path.encode())
@@ -309,9 +309,9 @@ def test_a_path_cannot_leave_the_cache(hub: HubServer, tmp_path: Path, path: str
     ]
     with pytest.raises(DataError) as error:
         build(tmp_path)
-    one_line(error, "leads out of it", repr(path))
+    one_line(error, "leads outside", repr(path))
     assert not [name for name in tmp_path.rglob("*") if name.is_file()]
-    with pytest.raises(DataError, match="leads out of it"):
+    with pytest.raises(DataError, match="leads outside"):
         Listing(REPOSITORY, "main", "0" * 40, ((path, 1, "0" * 64),))
 
 
@@ -416,7 +416,7 @@ def test_offline_with_a_full_cache_it_runs(
     for run in ("run", "new"):  # a resumed run, and a new one, which takes the listing of the cache
         with closing((data := build(tmp_path, run=run, report=lines.append)).train):
             np.testing.assert_array_equal(take(data, 120), expected[0])
-    assert any("HF_HUB_OFFLINE is set; going by the listing" in line for line in lines)
+    assert any("HF_HUB_OFFLINE is set; using the cached listing" in line for line in lines)
     monkeypatch.setattr(hf, "HF_HUB_OFFLINE", False)
     hub.http.shutdown()
     hub.http.server_close()  # no network
@@ -491,9 +491,9 @@ def test_the_cache_is_bounded_and_keeps_what_a_restart_reads(
 
 
 def test_what_must_stay_stays_and_the_longest_unused_goes(tmp_path: Path) -> None:
-    files = [TextFile(name, Path(name), size=10, digest=digest(name.encode())) for name in "abcdefghijklv"]
+    files = [CorpusFile(name, Path(name), size=10, digest=digest(name.encode())) for name in "abcdefghijklv"]
 
-    def write(file: TextFile, part: Path, target: Path) -> None:
+    def write(file: CorpusFile, part: Path, target: Path) -> None:
         target.write_bytes(bytes(10))
 
     def visit(number: int) -> None:
@@ -550,11 +550,11 @@ def test_a_cache_that_is_too_small_is_refused(hub: HubServer, tmp_path: Path) ->
 def test_a_file_that_another_run_reads_is_not_removed(tmp_path: Path) -> None:
     contents = [rows(5, index) for index in range(2)]
     first, second = (
-        TextFile(f"{index}.parquet", Path(f"{index}.parquet"), size=len(content), digest=digest(content))
+        CorpusFile(f"{index}.parquet", Path(f"{index}.parquet"), size=len(content), digest=digest(content))
         for index, content in enumerate(contents)
     )
 
-    def write(file: TextFile, part: Path, target: Path) -> None:
+    def write(file: CorpusFile, part: Path, target: Path) -> None:
         target.write_bytes(contents[int(file.relative_path[0])])
 
     mine, other = (FileCache(tmp_path, max(map(len, contents)), write, print) for _ in range(2))

@@ -16,7 +16,7 @@ import pytest
 
 from jax_huginn.config.schema import Config, DataConfig, ModelConfig, TrainConfig, ValidationConfig
 from jax_huginn.data.pipeline import IGNORED, Data, TrainBatches, build_data
-from jax_huginn.data.position import whole_position
+from jax_huginn.data.resume import whole_position
 from jax_huginn.data.sources.files import DataError, split_files, stdlib_files, text_files
 
 S, B, V = 64, 4, 512

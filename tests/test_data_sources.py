@@ -11,10 +11,10 @@ import pytest
 
 from jax_huginn.config.schema import DataConfig
 from jax_huginn.data.sources import corpus, text
-from jax_huginn.data.sources.bad import BadData
+from jax_huginn.data.sources.bad_data import BadData
 from jax_huginn.data.sources.files import (
+    CorpusFile,
     DataError,
-    TextFile,
     is_held_out,
     parquet_files,
     split_files,
@@ -35,14 +35,14 @@ def write(folder: Path, **contents: str) -> Path:
     return folder
 
 
-def texts(file: TextFile, offset: int = 0) -> list[str]:
+def texts(file: CorpusFile, offset: int = 0) -> list[str]:
     return [document.text for _, documents in text_pieces(file, offset, bad=STOP) for document in documents]
 
 
-def write_rows(path: Path, rows: list, kind: pa.DataType | None = None, group: int = 10) -> TextFile:
+def write_rows(path: Path, rows: list, kind: pa.DataType | None = None, group: int = 10) -> CorpusFile:
     column = pa.array(rows, type=kind or pa.list_(pa.int32()))
     pq.write_table(pa.table({"input_ids": column}), path, row_group_size=group)
-    return TextFile(path.name, path)
+    return CorpusFile(path.name, path)
 
 
 def one_line(error: pytest.ExceptionInfo[DataError], *parts: str) -> None:
@@ -82,7 +82,7 @@ def test_split_shares_no_file_and_loses_none() -> None:
 @pytest.mark.parametrize("fraction", [1e-6, 0.5, 0.999999])
 @pytest.mark.parametrize("count", [2, 3, 10])
 def test_both_sides_of_a_split_get_a_file(count: int, fraction: float) -> None:
-    files = [TextFile(f"{index}.txt", Path(f"{index}.txt")) for index in range(count)]
+    files = [CorpusFile(f"{index}.txt", Path(f"{index}.txt")) for index in range(count)]
     training, held_out = split_files(files, fraction)
     assert training
     assert held_out
@@ -116,7 +116,7 @@ def test_long_text_is_one_document_in_pieces_that_can_be_resumed(
     monkeypatch.setattr(text, "PIECE_BYTES", 100)
     content = "".join(f"line {index} äöü\n" for index in range(200))
     (tmp_path / "long.txt").write_text(content)
-    file = TextFile("long.txt", tmp_path / "long.txt")
+    file = CorpusFile("long.txt", tmp_path / "long.txt")
     pieces = list(text_pieces(file, bad=STOP))
     documents = [document for _, (document,) in pieces]
     assert "".join(document.text for document in documents) == content
@@ -131,13 +131,13 @@ def test_jsonl_documents_and_their_bad_lines(tmp_path: Path, monkeypatch: pytest
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one\\ntwo"}\n\n{"text": "half \\ud800 pair"}\n{"text": ""}\n{"text": 3}\n')
     with pytest.raises(DataError) as error:
-        texts(TextFile("a.jsonl", path))
+        texts(CorpusFile("a.jsonl", path))
     one_line(error, str(path), "line 5")
     path.write_text('{"text": "one\\ntwo"}\n\n{"text": "half \\ud800 pair"}')
-    assert texts(TextFile("a.jsonl", path)) == ["one\ntwo", "half � pair"]
+    assert texts(CorpusFile("a.jsonl", path)) == ["one\ntwo", "half � pair"]
     path.write_text('{"text": "one"}\nnot json\n')
     with pytest.raises(DataError) as error:
-        texts(TextFile("a.jsonl", path))
+        texts(CorpusFile("a.jsonl", path))
     one_line(error, "line 2")
 
 
@@ -172,7 +172,7 @@ def test_unreadable_folder_and_file_are_named(tmp_path: Path, monkeypatch: pytes
         one_line(error, str(tmp_path / "sub"), "Permission denied")
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(DataError) as error:
-        texts(TextFile("a.txt", tmp_path / "a.txt"))
+        texts(CorpusFile("a.txt", tmp_path / "a.txt"))
     one_line(error, str(tmp_path / "a.txt"), "Permission denied")
 
 
@@ -224,7 +224,7 @@ def test_bad_parquet_files_are_named(tmp_path: Path) -> None:
     pq.write_table(pa.table({"input_ids": ["text"]}), tmp_path / "type.parquet")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 nothing")
     for name, reason in (("column", "no such column"), ("type", "type string"), ("broken", "cannot be read")):
-        file = TextFile(name, tmp_path / f"{name}.parquet")
+        file = CorpusFile(name, tmp_path / f"{name}.parquet")
         with pytest.raises(DataError) as error:
             list(parquet_pieces(file, length=1, vocab_size=10, bad=STOP))
         one_line(error, str(file.path), reason)

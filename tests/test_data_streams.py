@@ -9,22 +9,23 @@ import grain
 import numpy as np
 import pytest
 
-from jax_huginn.data.order import EPOCH, FILES, WINDOW, permutation
-from jax_huginn.data.position import whole_position
-from jax_huginn.data.sources.files import DataError, TextFile
-from jax_huginn.data.streams import RowDataset, RowReader, Stream
+from jax_huginn.data.permutation import EPOCH, FILES, WINDOW, permutation
+from jax_huginn.data.reader import RowReader
+from jax_huginn.data.resume import whole_position
+from jax_huginn.data.sources.files import CorpusFile, DataError
+from jax_huginn.data.streams import RowDataset, Stream
 
 PIECE = 7  # tokens or rows a piece; prime to every length here
 S = 16
 
 
-def make_corpus(folder: Path, lengths: list[int]) -> tuple[list[TextFile], dict[str, np.ndarray]]:
+def make_corpus(folder: Path, lengths: list[int]) -> tuple[list[CorpusFile], dict[str, np.ndarray]]:
     """Files whose tokens are numbered through the whole corpus, so that every token tells its place."""
     numbers = itertools.count()
     contents = {f"{i:03}.txt": np.array([next(numbers) for _ in range(n)], np.int32) for i, n in enumerate(lengths)}
     for name in contents:
         (folder / name).write_text(name)
-    return [TextFile(name, folder / name) for name in contents], contents
+    return [CorpusFile(name, folder / name) for name in contents], contents
 
 
 class Pieces:
@@ -33,7 +34,7 @@ class Pieces:
     def __init__(self, contents: dict[str, np.ndarray]) -> None:
         self.contents, self.reads = contents, 0
 
-    def __call__(self, file: TextFile, offset: int) -> Iterator[tuple[int, np.ndarray]]:
+    def __call__(self, file: CorpusFile, offset: int) -> Iterator[tuple[int, np.ndarray]]:
         items = self.contents[file.relative_path]
         for begin in range(offset, len(items), PIECE):
             self.reads += 1
@@ -44,12 +45,12 @@ LENGTHS = [40, 3, 111, 17, 64, 1, 200, 33, 90, 5, 77, 16]
 
 
 @pytest.fixture
-def packed(tmp_path: Path) -> tuple[list[TextFile], Pieces]:
+def packed(tmp_path: Path) -> tuple[list[CorpusFile], Pieces]:
     files, contents = make_corpus(tmp_path, LENGTHS)
     return files, Pieces(contents)
 
 
-def dataset(files: list[TextFile], pieces: Pieces, seed: int = 0, streams: int = 3, window: int = 5) -> RowDataset:
+def dataset(files: list[CorpusFile], pieces: Pieces, seed: int = 0, streams: int = 3, window: int = 5) -> RowDataset:
     return RowDataset(
         files, pieces, take=S + 1, stride=S, seed=seed, streams=streams, shuffle_window=window, settings={"length": S}
     )
@@ -71,7 +72,7 @@ def test_permutation_is_the_same_on_every_machine() -> None:
     assert min(first.values()) > 60
 
 
-def test_unshuffled_rows_are_the_packed_corpus_epoch_after_epoch(packed: tuple[list[TextFile], Pieces]) -> None:
+def test_unshuffled_rows_are_the_packed_corpus_epoch_after_epoch(packed: tuple[list[CorpusFile], Pieces]) -> None:
     files, pieces = packed
     reader = RowReader(files, pieces, S + 1, S, seed=5, stream=2)
     rows = np.stack([reader.next_row() for _ in range(3 * sum(LENGTHS) // S)])
@@ -88,13 +89,13 @@ def test_unshuffled_rows_are_the_packed_corpus_epoch_after_epoch(packed: tuple[l
 
 
 @pytest.mark.parametrize("window", [1, 4, 1000])
-def test_shuffling_keeps_every_epochs_rows_and_windows(packed: tuple[list[TextFile], Pieces], window: int) -> None:
+def test_shuffling_keeps_every_epochs_rows_and_windows(packed: tuple[list[CorpusFile], Pieces], window: int) -> None:
     files, pieces = packed
     count = 3 * sum(LENGTHS) // S
     plain, epochs = RowReader(files, pieces, S + 1, S, 0, 0), []
     rows = []
     for _ in range(count):
-        epochs.append(plain.position[0])
+        epochs.append(plain.place.epoch)
         rows.append(plain.next_row())
     shuffled = Stream(RowReader(files, pieces, S + 1, S, 0, 0), window, 0, 0)
     got = [shuffled.next_row() for _ in range(count)]
@@ -139,7 +140,7 @@ def test_every_window_of_every_stream_has_an_order_of_its_own(tmp_path: Path) ->
     assert len(orders) == 40
 
 
-def test_order_is_a_function_of_the_seed(packed: tuple[list[TextFile], Pieces]) -> None:
+def test_order_is_a_function_of_the_seed(packed: tuple[list[CorpusFile], Pieces]) -> None:
     first, again, other = (take(iter(dataset(*packed, seed=seed)), 100) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
@@ -147,7 +148,7 @@ def test_order_is_a_function_of_the_seed(packed: tuple[list[TextFile], Pieces]) 
 
 @pytest.mark.parametrize(("streams", "window"), [(1, 1), (3, 5), (12, 4), (50, 1000)])
 def test_restoring_anywhere_gives_the_very_next_rows(
-    packed: tuple[list[TextFile], Pieces], streams: int, window: int
+    packed: tuple[list[CorpusFile], Pieces], streams: int, window: int
 ) -> None:
     iterator = iter(dataset(*packed, streams=streams, window=window))
     states, rows = [iterator.get_state()], []
@@ -194,7 +195,7 @@ def test_reading_ahead_is_even(tmp_path: Path) -> None:
     assert most <= S // PIECE + 2  # a row's worth, at a window's end too
 
 
-def test_states_are_small_and_refused_by_another_order(packed: tuple[list[TextFile], Pieces]) -> None:
+def test_states_are_small_and_refused_by_another_order(packed: tuple[list[CorpusFile], Pieces]) -> None:
     files, pieces = packed
     iterator = iter(dataset(files, pieces))
     take(iterator, 100)
@@ -223,7 +224,7 @@ def test_a_stream_shorter_than_a_row_goes_on_with_its_next_epochs(tmp_path: Path
     np.testing.assert_array_equal(rows[:, :-1].reshape(-1), np.arange(10 * S) % 5)
 
 
-def test_prefetching_keeps_order_and_the_state_of_what_was_handed_out(packed: tuple[list[TextFile], Pieces]) -> None:
+def test_prefetching_keeps_order_and_the_state_of_what_was_handed_out(packed: tuple[list[CorpusFile], Pieces]) -> None:
     plain = take(iter(dataset(*packed)), 120).reshape(30, 4, S + 1)
     batches = dataset(*packed).batch(4, drop_remainder=True)
     for buffer in (1, 8):

@@ -25,7 +25,7 @@ from jax_huginn.checkpoints.load import compare_arrays, read_items
 from jax_huginn.checkpoints.step_folders import CHECKPOINTS, UNFINISHED, CheckpointError, DamagedError
 from jax_huginn.config.dicts import to_dict
 from jax_huginn.config.schema import CheckpointConfig, Config
-from jax_huginn.data.position import whole_position
+from jax_huginn.data.resume import whole_position
 from jax_huginn.parallel.mesh import from_every_host
 from jax_huginn.parallel.processes import gather_text, of_first
 

@@ -1,1 +1,4 @@
-"""Data: files and their split (`sources`), the order (`streams`), tokens (`tokenizer`), batches (`pipeline`)."""
+"""Training data: files (`sources`) -> tokens (`tokenizer`) -> rows (`reader`) -> their order (`streams`) -> batches.
+
+`pipeline` puts these together; `resume` saves and restores the exact position.
+"""

@@ -1,4 +1,4 @@
-"""From a configuration to batches: the tokenizer, the endless training iterator and the fixed validation batches."""
+"""From a config to batches: the tokenizer, the endless training iterator and the fixed validation batches."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jax_huginn.config.schema import Config
-from jax_huginn.data.order import permutation
-from jax_huginn.data.provenance import locate
+from jax_huginn.data.permutation import permutation
 from jax_huginn.data.sources import corpus
-from jax_huginn.data.sources.bad import BadData
-from jax_huginn.data.sources.files import DataError, TextFile
+from jax_huginn.data.sources.bad_data import BadData
+from jax_huginn.data.sources.files import CorpusFile, DataError
 from jax_huginn.data.sources.parquet import parquet_pieces
 from jax_huginn.data.sources.text import PIECE_BYTES, text_pieces
 from jax_huginn.data.tokenizer import (
@@ -32,18 +31,18 @@ if TYPE_CHECKING:
     import grain
     from transformers import PreTrainedTokenizerFast
 
+    from jax_huginn.data.reader import Pieces
     from jax_huginn.data.sources.hub import HubFiles
-    from jax_huginn.data.streams import Pieces
 
-IGNORED = -100  # label that no loss counts
-TOKENIZER_BYTES = 32 * 2**20  # training text that a tokenizer is trained on: about 4 s on two cores
+IGNORED = -100  # label excluded from the loss
+TOKENIZER_BYTES = 32 * 2**20  # text that a tokenizer is trained on: about 4 s on two cores
 LOCATABLE = 3  # last batches whose rows can be traced to their files; records are seen a step late
-VALIDATION_SEED = 0  # not train.seed: runs of different seeds are measured on the same rows
-VALIDATION_POOL = 4  # rows read for each one that is chosen
+VALIDATION_SEED = 0  # not train.seed, so that runs with different seeds are measured on the same rows
+VALIDATION_POOL = 4  # rows read for each one chosen
 
 
 class TrainBatches:
-    """The endless training batches, prepared ahead by a thread; one process's share of their rows.
+    """The endless training batches, prepared ahead by a thread: one process's share of their rows.
 
     A batch is a dict of `tokens` and `labels`, both (B / processes, S) int32; labels are the next tokens.
     """
@@ -56,12 +55,12 @@ class TrainBatches:
     ) -> None:
         """
         Args:
-            locate: (position before a batch, row of it) -> its file and place, see `provenance.locate`.
+            locate: (position before a batch, row in it) -> its file and place, see `RowDataset.locate`.
         """
         self._batches, self._hub, self._locate = batches, hub, locate
         self._begins: deque[dict[str, Any]] = deque(maxlen=LOCATABLE)
         self.skipped: dict[str, int] = {}
-        """`data_rows_skipped` and `data_files_skipped` up to the last batch's shuffle windows, where not zero."""
+        """Nonzero counts of rows and files skipped so far, up to the shuffle windows the last batch came from."""
 
     def __iter__(self) -> "TrainBatches":
         return self
@@ -79,28 +78,28 @@ class TrainBatches:
 
     @property
     def position(self) -> dict[str, Any]:
-        """Where the last batch handed out ends: this process's part, see `position.whole_position`."""
+        """Where the last batch ends: this process's part, see `resume`."""
         return self._batches.get_state()  # pyright: ignore[reportReturnType]
 
     def locate(self, row: int) -> str:
-        """The file and place of row number `row` of the training sequence, which one of the last batches holds."""
+        """The file and place of row `row` of the training sequence, if it is in one of the last batches."""
         assert self._locate is not None
         begin = max((each for each in self._begins if each["rows"] <= row), key=lambda each: each["rows"])
         return self._locate(begin, row - begin["rows"])
 
     def get_state(self) -> dict[str, Any]:
-        """`position`, for a checkpoint: the hub's cache keeps from now on what going on from there reads."""
+        """`position`, for a checkpoint: from now on the hub's cache keeps the files that resuming there reads."""
         state = self.position
         if self._hub:
             self._hub.saved(state)
         return state
 
     def set_state(self, position: dict[str, Any]) -> None:
-        """Goes on exactly after the batch where `position`, a whole one or this process's part, was taken."""
+        """Resume exactly after the batch where `position`, whole or this process's part, was read."""
         self._batches.set_state(position)
 
     def close(self) -> None:
-        """Stops the threads."""
+        """Stop the threads."""
         if self._hub:
             self._hub.close()  # first: the thread that prepares batches may be waiting for a file
         self._batches.close()
@@ -108,16 +107,16 @@ class TrainBatches:
 
 @dataclass(frozen=True)
 class Data:
-    """What a run reads. A batch is a dict of `tokens` and `labels`, both (B,S) int32; labels are the next tokens."""
+    """The data of a run. A batch is a dict of `tokens` and `labels`, both (B,S) int32; labels are the next tokens."""
 
     tokenizer: "PreTrainedTokenizerFast | None"
-    """None for token rows of which the tokenizer was not told."""
+    """None for token rows whose tokenizer was not named."""
     train: TrainBatches
-    """Endless. Its state is that of the last batch handed out; `close()` stops its threads."""
+    """Endless. Its state is that after the last batch returned; `close()` stops its threads."""
     validation: list[dict[str, np.ndarray]]
-    """Fixed batches of held-out rows, in which label -100 is padding; empty only where nothing is held out."""
+    """Fixed batches of held-out rows, padded with label -100; empty only if nothing is held out."""
     token_bytes: np.ndarray | None
-    """UTF-8 bytes a token stands for, (V,) int32; None without a byte-level tokenizer."""
+    """UTF-8 bytes of each token, (V,) int32; None without a byte-level tokenizer."""
 
 
 def build_data(
@@ -128,12 +127,15 @@ def build_data(
     process: int = 0,
     processes: int = 1,
 ) -> Data:
-    """Opens the data of a run; `tokenizer_dir` (RUN/tokenizer) gets its tokenizer, or already has it on resuming.
+    """Open the data of a run; its tokenizer is written to `tokenizer_dir` (RUN/tokenizer), or read there on resuming.
 
-    With several processes, `process` of `processes` gets the rows p, p + P, ... of every training batch, and all of the
-    validation batches. `report` is given a line for whatever is skipped or fetched again, from other threads too.
+    Args:
+        report: called with a line for everything skipped or fetched again, also from other threads.
+        process, processes: process p of P gets rows p, p + P, ... of every training batch, and whole validation
+            batches.
 
-    Raises `DataError` in one line for every path, file, row or tokenizer that cannot be used.
+    Raises:
+        DataError: a path, file, row or tokenizer cannot be used.
     """
     import grain
 
@@ -195,7 +197,7 @@ def build_data(
     train = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=config.data.prefetch)
     return Data(
         tokenizer=tokenizer,
-        train=TrainBatches(iter(train), hub, partial(locate, rows, pieces(uncounted, held_out=False))),
+        train=TrainBatches(iter(train), hub, partial(rows.locate, pieces(uncounted, held_out=False))),
         validation=validation,
         token_bytes=token_bytes(tokenizer, config.model.vocab_size) if tokenizer and is_byte_level(tokenizer) else None,
     )
@@ -204,14 +206,14 @@ def build_data(
 def _token_pieces(tokenizer: "PreTrainedTokenizerFast", bad: BadData) -> "Pieces":
     encode = Encoder(tokenizer)
 
-    def pieces(file: TextFile, offset: int) -> Iterator[tuple[int, np.ndarray]]:
+    def pieces(file: CorpusFile, offset: int) -> Iterator[tuple[int, np.ndarray]]:
         for begin, documents in text_pieces(file, offset, bad=bad):
             yield begin, encode(documents)
 
     return pieces
 
 
-def _tokenizer(config: Config, training: list[TextFile], folder: Path) -> "PreTrainedTokenizerFast | None":
+def _tokenizer(config: Config, training: list[CorpusFile], folder: Path) -> "PreTrainedTokenizerFast | None":
     name, vocab_size = config.data.tokenizer, config.model.vocab_size
     if name:
         tokenizer = load_tokenizer(name)
@@ -229,10 +231,10 @@ def _tokenizer(config: Config, training: list[TextFile], folder: Path) -> "PreTr
     return tokenizer
 
 
-def _sample(files: list[TextFile]) -> Iterator[str]:
-    """About `TOKENIZER_BYTES` of text: the beginnings of the files, in a fixed random order of the files."""
+def _sample(files: list[CorpusFile]) -> Iterator[str]:
+    """About `TOKENIZER_BYTES` of text: the beginnings of the files, in a fixed random order."""
     share, spent = max(TOKENIZER_BYTES // len(files), PIECE_BYTES), 0
-    bad = BadData("skip", lambda line: None)  # training says what it skips, or stops there
+    bad = BadData("skip", lambda line: None)  # training itself reports bad data, or stops
     for index in permutation(len(files), 0):
         for offset, documents in text_pieces(files[index], bad=bad):
             if offset - files[index].begin >= share:
@@ -244,7 +246,7 @@ def _sample(files: list[TextFile]) -> Iterator[str]:
 
 
 def _batch(rows: Sequence[np.ndarray], length: int) -> dict[str, np.ndarray]:
-    """Rows of 2 to S + 1 tokens as a batch; what they lack of S + 1 is padded, its labels ignored."""
+    """Make a batch from rows of 2 to S + 1 tokens; shorter rows are padded, with labels ignored."""
     tokens = np.zeros((len(rows), length), np.int32)
     labels = np.full((len(rows), length), IGNORED, np.int32)
     for index, row in enumerate(rows):
@@ -253,19 +255,19 @@ def _batch(rows: Sequence[np.ndarray], length: int) -> dict[str, np.ndarray]:
 
 
 def _validation(
-    config: Config, files: list[TextFile], pieces: "Pieces", take: int, stride: int, bad: BadData
+    config: Config, files: list[CorpusFile], pieces: "Pieces", take: int, stride: int, bad: BadData
 ) -> list[dict[str, np.ndarray]]:
-    """Full batches of rows chosen by a fixed seed from a few times as many, or one padded batch of all there are."""
-    from jax_huginn.data.streams import RowReader
+    """Full batches of rows chosen by a fixed seed from a larger pool, or one padded batch of all rows there are."""
+    from jax_huginn.data.reader import RowReader
 
     if not files:
         return []
-    size = config.train.batch_size // config.train.micro_batches  # what fits into the device's memory at once
+    size = config.train.batch_size // config.train.micro_batches  # fits into the device's memory at once
     wanted = max(config.validation.sequences // size, 1) * size
     reader = RowReader(files, pieces, take, stride, VALIDATION_SEED, 0, bad)
     pool = [row for _, row in zip(range(VALIDATION_POOL * wanted), reader.epoch_rows(), strict=False)]
     if not pool:
-        raise DataError(f"{len(files)} held-out file(s), {files[0].path} first, hold no data: hold out more")
+        raise DataError(f"{len(files)} held-out file(s), {files[0].path} first, contain no data: hold out more")
     chosen = sorted(permutation(len(pool), VALIDATION_SEED)[: max(min(wanted, len(pool) // size * size), size)])
     rows = [pool[index] for index in chosen]
     rows += [np.zeros(1, np.int32)] * (-len(rows) % size)  # a row without a label

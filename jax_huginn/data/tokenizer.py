@@ -1,4 +1,4 @@
-"""Text to tokens and back: training a byte-level BPE, loading any Hugging Face tokenizer, encoding documents."""
+"""Tokenizers: training a byte-level BPE, loading any Hugging Face tokenizer, encoding documents."""
 
 import hashlib
 import json
@@ -14,29 +14,26 @@ import numpy as np
 from jax_huginn.data.sources.files import DataError
 from jax_huginn.data.sources.text import Document
 
-# transformers says at every start that PyTorch is missing, which is no fault here.
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 BOS, EOS, PAD = "<|begin_text|>", "<|end_text|>", "<|pad|>"
-ALPHABET = 256  # one token for every byte, so that no text is out of the vocabulary
+ALPHABET = 256  # one token for every byte, so that every text can be encoded
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
-    """A byte-level BPE of `vocab_size` tokens, BOS, EOS and PAD (ids 0, 1, 2) among them; lossless on any UTF-8.
+    """Train a byte-level BPE of `vocab_size` tokens, including BOS, EOS and PAD (ids 0, 1, 2); lossless on any UTF-8.
 
-    GPT-2's splitting regex: on Python sources it already learns indentation as tokens, and the GPT-4 regex and two made
-    for code were within 3 % of its bytes per token at 2048 and 8192 tokens. The same texts give the same tokenizer. It
-    has fewer tokens than asked for only when the texts hold too few pairs to merge.
+    Uses GPT-2's splitting regex: on Python sources it learns indentation as tokens, and the GPT-4 regex and two made
+    for code were within 3 % of its bytes per token at 2048 and 8192 tokens. Training is deterministic. The vocabulary
+    is smaller than requested only if the texts have too few pairs to merge.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     least = ALPHABET + len((BOS, EOS, PAD))
     if vocab_size < least:
-        raise DataError(f"model.vocab_size={vocab_size} is too small to train a tokenizer: give {least} or more")
+        raise DataError(f"model.vocab_size={vocab_size} is too small to train a tokenizer: it needs {least} or more")
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -53,9 +50,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
 
 
 def load_tokenizer(path_or_name: str) -> "PreTrainedTokenizerFast":
-    """The tokenizer in a folder, or of a Hugging Face name; where it has no PAD, EOS serves as PAD.
+    """Load the tokenizer of a folder or Hugging Face name; if it has no PAD, EOS is used.
 
-    Raises `DataError` in one line for a folder or name that cannot be loaded, and where BOS or EOS is missing.
+    Raises:
+        DataError: it cannot be loaded, or has no BOS or EOS.
     """
     from transformers import AutoTokenizer
 
@@ -67,7 +65,7 @@ def load_tokenizer(path_or_name: str) -> "PreTrainedTokenizerFast":
             f"data.tokenizer={path_or_name!r} is neither a tokenizer folder nor a name that can be fetched: {reason}"
         ) from None
     if getattr(tokenizer, "backend_tokenizer", None) is None:
-        raise DataError(f"data.tokenizer={path_or_name!r} has no tokenizer.json (a fast tokenizer): give one that has")
+        raise DataError(f"data.tokenizer={path_or_name!r} has no tokenizer.json (a fast tokenizer): name one that has")
     for name in ("bos", "eos"):
         if getattr(tokenizer, f"{name}_token_id") is None:
             raise DataError(
@@ -80,13 +78,13 @@ def load_tokenizer(path_or_name: str) -> "PreTrainedTokenizerFast":
 
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
-    """Writes a folder that `AutoTokenizer` loads; `tokenizer.json` comes last, so that its presence means success."""
+    """Write a folder that `AutoTokenizer` loads; `tokenizer.json` is written last, so its presence means success."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         tokenizer.save_pretrained(name)
         config_path = Path(name, "tokenizer_config.json")
         config = json.loads(config_path.read_text())
-        if config.get("tokenizer_class") == "TokenizersBackend":  # a name that transformers before 5 does not know
+        if config.get("tokenizer_class") == "TokenizersBackend":  # unknown to transformers before 5
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
             config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         for path in sorted(Path(name).iterdir(), key=lambda path: path.name == "tokenizer.json"):
@@ -97,12 +95,12 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
 
 
 def vocabulary_size(tokenizer: "PreTrainedTokenizerFast") -> int:
-    """One more than the highest token id: the rows that an embedding must have."""
+    """One more than the highest token id: the rows that an embedding needs."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def vocabulary_digest(tokenizer: "PreTrainedTokenizerFast") -> str:
-    """A short hash of all tokens and their ids: another digest, another meaning of the same token positions."""
+    """A short hash of all tokens and their ids."""
     return hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -111,19 +109,22 @@ def _settings(tokenizer: "PreTrainedTokenizerFast") -> dict[str, Any]:
 
 
 def is_byte_level(tokenizer: "PreTrainedTokenizerFast") -> bool:
-    """Whether every character of a token's name stands for one byte (GPT-2's alphabet)."""
+    """Whether each character of a token's name represents one byte (GPT-2's alphabet)."""
     decoder = _settings(tokenizer)["decoder"] or {}
     return "ByteLevel" in [part.get("type") for part in (decoder, *decoder.get("decoders", ()))]
 
 
 def token_bytes(tokenizer: "PreTrainedTokenizerFast", vocab_size: int) -> np.ndarray:
-    """UTF-8 bytes that each token stands for, (V,) int32; 0 for special and unused tokens.
+    """UTF-8 bytes represented by each token, (V,) int32; 0 for special and unused tokens.
 
-    Summed over a text's tokens they are its bytes, which makes a loss comparable between tokenizers (bits per byte).
-    Raises `DataError` for a tokenizer that is not byte-level, whose tokens have no such count.
+    Their sum over a text's tokens is its length in bytes, which makes losses comparable between tokenizers (bits per
+    byte).
+
+    Raises:
+        DataError: the tokenizer is not byte-level, so its tokens have no byte count.
     """
     if not is_byte_level(tokenizer):
-        raise DataError("bits per byte need a byte-level BPE tokenizer, which this one is not")
+        raise DataError("bits per byte need a byte-level BPE tokenizer, and this is not one")
     lengths = np.zeros(vocab_size, np.int32)
     for token, index in tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False).items():
         lengths[index] = len(token)
@@ -133,12 +134,12 @@ def token_bytes(tokenizer: "PreTrainedTokenizerFast", vocab_size: int) -> np.nda
 
 
 class Encoder:
-    """Documents to one run of tokens, `BOS text EOS BOS text EOS ...`."""
+    """Encodes documents as one sequence of tokens, `BOS text EOS BOS text EOS ...`."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
         from tokenizers import Tokenizer
 
-        # An own copy without truncation, in which the text "<|end_text|>" is text and not the end of a document.
+        # A copy without truncation, which encodes "<|end_text|>" in a document as text, not as EOS.
         self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._backend.no_truncation()
         self._backend.no_padding()

@@ -23,6 +23,7 @@ MEMORY_SHARE = "0.92"  # of a GPU's memory that JAX reserves; its own default, 0
 def prepare_process(config: Config) -> None:
     """Set environment variables, loggers, hooks and the allocator for training with `config`."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", MEMORY_SHARE)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it reports at every start that PyTorch is missing
     if config.compute.deterministic:
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
     keep_freed_memory()

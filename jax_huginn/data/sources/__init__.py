@@ -1,18 +1,19 @@
 """Where documents and token rows come from.
 
 A file is read in pieces: whole lines of a text file, or some rows of a parquet file. A piece starts at a byte offset or
-a row number that a checkpoint can hold, so that going on from it reads one piece again and never a whole corpus.
+a row number, which a checkpoint stores; resuming reads one piece again, never the files before it.
 
-`files`: what there is, and its split. `text`, `parquet`: reading it. `bad`: what cannot be read. `hub`: the same from a
-repository of the Hugging Face hub, through `downloads` and a bounded `cache`.
+`files`: finding files and splitting off held-out ones. `text`, `parquet`: reading them. `bad_data`: skipping what
+cannot be used. `hub`: files of a Hugging Face dataset, through `download` and the bounded folder of `cache` and
+`cache_policy`.
 """
 
 from jax_huginn.config.schema import DataConfig
-from jax_huginn.data.sources.files import DataError, TextFile, parquet_files, split_files, stdlib_files, text_files
+from jax_huginn.data.sources.files import CorpusFile, DataError, parquet_files, split_files, stdlib_files, text_files
 
 
-def corpus(config: DataConfig) -> tuple[list[TextFile], list[TextFile]]:
-    """Training and validation files of a `data` section; the second list is empty only where none is asked for."""
+def corpus(config: DataConfig) -> tuple[list[CorpusFile], list[CorpusFile]]:
+    """Training and held-out files of a `data` section; the second list is empty only if the config asks for none."""
     if config.source == "stdlib":
         if config.validation_path:
             raise DataError(f"data.validation_path={config.validation_path!r} needs data.source=text or parquet")

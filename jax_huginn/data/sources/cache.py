@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from jax_huginn.data.sources.downloads import StoppedError, is_intact
-from jax_huginn.data.sources.files import DataError, TextFile
+from jax_huginn.data.sources.download import StoppedError, is_intact
+from jax_huginn.data.sources.files import CorpusFile, DataError
 
 THREADS = 4  # files that are fetched at once
 STREAM_FILES = 4  # that a stream may need at once: to restart from, two of the current window, the next
-Fetch = Callable[[TextFile, Path, Path], None]
+Fetch = Callable[[CorpusFile, Path, Path], None]
 
 
 class FileCache:
@@ -42,15 +42,15 @@ class FileCache:
         self._wanted: Counter[str] = Counter()  # waited for
         self._open: Counter[str] = Counter()
         self._kept: set[str] = set()
-        self._files: dict[str, TextFile] = {}
-        self._coming: dict[int, Sequence[TextFile]] = {}  # by stream: the current file and the next
+        self._files: dict[str, CorpusFile] = {}
+        self._coming: dict[int, Sequence[CorpusFile]] = {}  # by stream: the current file and the next
         self._visits: dict[int, dict[int, str]] = {}  # by stream: the digest of the file of each visit
         self._handed_out: dict[int, int] = {}  # by stream: first visit of the window of the last batch handed out
         self._saved: dict[int, tuple[int, int]] = {}  # by stream: visits that a restart would read
 
     # ---------------------------------------------------------------- what is read
 
-    def own(self, streams: Mapping[int, Sequence[TextFile]], held_out: Sequence[TextFile]) -> None:
+    def own(self, streams: Mapping[int, Sequence[CorpusFile]], held_out: Sequence[CorpusFile]) -> None:
         """Counts what is there of this process's files. `DataError` where the capacity cannot hold what it needs."""
         sizes = [sorted((file.size or 0 for file in files), reverse=True) for files in streams.values()]
         need = sum(sum(each[:STREAM_FILES]) for each in sizes) + max((file.size or 0 for file in held_out), default=0)
@@ -72,7 +72,7 @@ class FileCache:
             if whole:
                 self._whole[digest] = False
 
-    def opens(self, stream: int, visit: int, files: Sequence[TextFile]) -> None:
+    def opens(self, stream: int, visit: int, files: Sequence[CorpusFile]) -> None:
         """Stream `stream` reads files[0] now, as its `visit`-th file, and files[1] next."""
         with self._changed:
             self._coming[stream] = files
@@ -84,7 +84,7 @@ class FileCache:
         self._start()
 
     @contextmanager
-    def open(self, file: TextFile, keep: bool = False) -> Iterator[Path]:
+    def open(self, file: CorpusFile, keep: bool = False) -> Iterator[Path]:
         """The file's place on this machine, once it is there and verified; it stays there while it is open.
 
         `keep`: afterwards too. Raises `DataError` where it cannot be had.
@@ -156,7 +156,7 @@ class FileCache:
 
     # ---------------------------------------------------------------- fetching
 
-    def _wait(self, file: TextFile, keep: bool) -> None:
+    def _wait(self, file: CorpusFile, keep: bool) -> None:
         digest = file.digest
         with self._changed:
             self._files[digest] = file
@@ -224,7 +224,7 @@ class FileCache:
             if fault and background:
                 self._report(f"{fault}; it is tried again when it is needed")
 
-    def _choose(self) -> TextFile | None:
+    def _choose(self) -> CorpusFile | None:
         """The file to fetch next, for which there is room: one that is waited for, a current one, a next one."""
         ranks = [[self._files[digest] for digest, count in self._wanted.items() if count]]
         ranks += [[files[rank] for files in self._coming.values() if rank < len(files)] for rank in range(2)]
@@ -244,7 +244,7 @@ class FileCache:
                     self._changed.notify_all()
         return None
 
-    def _obtain(self, file: TextFile) -> None:
+    def _obtain(self, file: CorpusFile) -> None:
         """Makes sure of a verified file under its name."""
         from filelock import FileLock, Timeout
 

@@ -1,7 +1,7 @@
 """Source `hub`: the parquet files of a Hugging Face dataset, fetched while training runs.
 
-What the repository holds is listed once, at a commit, and kept in RUN/hub_files.json: the order of the data cannot
-change under a run. The listing is also kept beside the cached files, for a later run without a network.
+The repository is listed once, at a commit, and the listing is kept in RUN/hub_files.json, so the order of the data
+cannot change during a run. A copy beside the cached files serves later runs without a network.
 """
 
 import json
@@ -18,15 +18,15 @@ import numpy as np
 
 from jax_huginn.config.schema import DataConfig
 from jax_huginn.data.sources.cache import FileCache
-from jax_huginn.data.sources.downloads import FetchError, Patience, UnreachableError, fetch
-from jax_huginn.data.sources.files import DataError, TextFile, split_files
+from jax_huginn.data.sources.download import FetchError, Patience, UnreachableError, fetch
+from jax_huginn.data.sources.files import CorpusFile, DataError, split_files
 
 if TYPE_CHECKING:
-    from jax_huginn.data.streams import Pieces
+    from jax_huginn.data.reader import Pieces
 
 LISTING = "hub_files.json"
-LISTING_ATTEMPTS = 5  # about 15 seconds, after which an older listing is taken if there is one
-NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"  # of an owner or a repository; no "..", no hidden folder
+LISTING_ATTEMPTS = 5  # about 15 seconds; then an older listing is used, if there is one
+NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"  # owner or repository; no "..", no hidden folder
 DIGEST = r"[0-9a-f]{64}|[0-9a-f]{40}"
 SPLITS = {"train": ("train", "training"), "held out": ("validation", "valid", "val")}  # first word of a folder or file
 
@@ -34,7 +34,7 @@ SPLITS = {"train": ("train", "training"), "held out": ("validation", "valid", "v
 class Rows(Protocol):
     """`parquet_pieces` with its settings."""
 
-    def __call__(self, file: TextFile, offset: int, *, path: Path) -> Iterator[tuple[int, np.ndarray]]: ...
+    def __call__(self, file: CorpusFile, offset: int, *, path: Path) -> Iterator[tuple[int, np.ndarray]]: ...
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ class Listing:
     files: tuple[tuple[str, int, str], ...]
 
     def __post_init__(self) -> None:
-        """Trusts neither the hub nor a file: a path must stay below the repository, a digest be one."""
+        """Check what the hub or a kept file says: paths must stay below the repository, digests be digests."""
         wrong = [value for value in (self.repository, self.revision, self.commit) if not isinstance(value, str)]
         if wrong or not re.fullmatch(f"{NAME}/{NAME}", self.repository) or not re.fullmatch(DIGEST, self.commit):
             raise DataError(f"a listing of {self.repository!r} at {self.commit!r} names no repository and commit")
         for path, size, digest in self.files:
             if not isinstance(path, str) or not _stays_below(path):
-                raise DataError(f"the listing of {self.repository} has the path {path!r}, which leads out of it")
+                raise DataError(f"the listing of {self.repository} has the path {path!r}, which leads outside")
             if type(size) is not int or size < 0 or not isinstance(digest, str) or not re.fullmatch(DIGEST, digest):
                 raise DataError(f"the listing of {self.repository} gives {path!r} size {size!r} and digest {digest!r}")
 
@@ -69,7 +69,7 @@ def _stays_below(path: str) -> bool:
 
 
 def read_listing(file: Path) -> Listing:
-    """A listing that was kept; `DataError` for one that is damaged."""
+    """Read a kept listing; a damaged one raises `DataError`."""
     try:
         saved = json.loads(file.read_text())
         files = tuple((path, size, digest) for path, size, digest in saved["files"])
@@ -83,7 +83,7 @@ def read_listing(file: Path) -> Listing:
 
 
 def fetch_listing(repository: str, revision: str, patience: Patience) -> Listing:
-    """What the hub holds now at `revision`, which becomes a commit."""
+    """List the repository on the hub at `revision`, resolved to a commit."""
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
@@ -105,8 +105,8 @@ def fetch_listing(repository: str, revision: str, patience: Patience) -> Listing
     return patience.until_done(f"the listing of {repository} at {revision}", ask)
 
 
-def split_listing(listing: Listing, folder: str, config: DataConfig) -> tuple[list[TextFile], list[TextFile]]:
-    """Training and held-out files: by the names of folders or files, or else by the hash of the path."""
+def split_listing(listing: Listing, folder: str, config: DataConfig) -> tuple[list[CorpusFile], list[CorpusFile]]:
+    """Training and held-out files, by the names of folders or files, or else by the hash of the path."""
     within = [file for file in listing.files if f"{file[0]}/".startswith(f"{folder}/" if folder else "")]
     place = f"{listing.repository}/{folder}".rstrip("/") + f" at {listing.revision}"
     if not within:
@@ -123,9 +123,9 @@ def split_listing(listing: Listing, folder: str, config: DataConfig) -> tuple[li
     if not training:
         raise DataError(f"data.path={config.path!r}: all of the .parquet files in {place} are held out")
 
-    def files(entries: Sequence[tuple[str, int, str]]) -> list[TextFile]:
+    def files(entries: Sequence[tuple[str, int, str]]) -> list[CorpusFile]:
         return [
-            TextFile(path, Path(listing.repository, path), size=size, digest=digest) for path, size, digest in entries
+            CorpusFile(path, Path(listing.repository, path), size=size, digest=digest) for path, size, digest in entries
         ]
 
     if held_out:
@@ -138,7 +138,7 @@ def _is_of(split: str, path: str) -> bool:
 
 
 class HubFiles:
-    """The files of one run, and the cache that they come through."""
+    """The files of one run, read through the cache."""
 
     def __init__(self, config: DataConfig, run_dir: Path, report: Callable[[str], None]) -> None:
         from huggingface_hub import constants
@@ -156,37 +156,37 @@ class HubFiles:
         size = sum(file.size or 0 for file in self.training)
         report(f"{repository} at {listing.commit[:12]}: {len(self.training)} files to train on, {size / 1e9:.3g} GB")
 
-        def get(file: TextFile, part: Path, target: Path) -> None:
+        def get(file: CorpusFile, part: Path, target: Path) -> None:
             fetch(repository, listing.commit, file, part, target, Patience(cache.pause, report))
 
         self._cache = cache = FileCache(folder, int(config.cache_gb * 1e9), get, report)
-        self._streams: dict[int, Sequence[TextFile]] = {}
+        self._streams: dict[int, Sequence[CorpusFile]] = {}
 
-    def own(self, streams: Mapping[int, Sequence[TextFile]]) -> None:
-        """Says which streams, with which files, this process reads; `DataError` where they do not fit the cache."""
+    def own(self, streams: Mapping[int, Sequence[CorpusFile]]) -> None:
+        """Declare the streams that this process reads; raises `DataError` if their files do not fit into the cache."""
         self._streams = dict(streams)
         self._cache.own(streams, self.held_out)
 
-    def opens(self, stream: int, visit: int, files: Sequence[TextFile]) -> None:
+    def opens(self, stream: int, visit: int, files: Sequence[CorpusFile]) -> None:
         """See `streams.Watcher`."""
         self._cache.opens(stream, visit, files)
 
     def local_pieces(self, rows: Rows, keep: bool) -> "Pieces":
-        """`rows`, reading from the cache; `keep`: the files stay in it."""
+        """`rows`, reading from the cache; `keep`: the files stay cached."""
 
-        def pieces(file: TextFile, offset: int) -> Iterator[tuple[int, np.ndarray]]:
+        def pieces(file: CorpusFile, offset: int) -> Iterator[tuple[int, np.ndarray]]:
             with self._cache.open(file, keep) as path:
                 yield from rows(file, offset, path=path)
 
         return pieces
 
     def handed_out(self, state: dict[str, Any]) -> None:
-        """Lets go of the files that lie before the position `state`."""
+        """Release the files before the position `state`."""
         for stream, first, last in self._visits(state):
             self._cache.handed_out(stream, first, last)
 
     def saved(self, state: dict[str, Any]) -> None:
-        """Keeps the files that going on from `state` reads first."""
+        """Keep the files that resuming from `state` reads first."""
         for stream, first, last in self._visits(state):
             self._cache.saved(stream, first, last)
 
@@ -196,12 +196,12 @@ class HubFiles:
             yield stream, epoch * len(files) + file, reading
 
     def close(self) -> None:
-        """Stops fetching."""
+        """Stop fetching."""
         self._cache.close()
 
 
 def _open_listing(repository: str, revision: str, kept: Path, folder: Path, report: Callable[[str], None]) -> Listing:
-    """The run's listing, made at its start; without a hub, the latest one that was kept in the cache's folder."""
+    """The run's listing, made at its start; if the hub cannot be reached, the latest one in the cache's folder."""
     if not kept.exists():
         spare = folder / f"listing_{re.sub(r'[^A-Za-z0-9.-]', '_', revision)}.json"
         try:
@@ -211,7 +211,7 @@ def _open_listing(repository: str, revision: str, kept: Path, folder: Path, repo
             if not spare.exists():
                 raise
             listing = read_listing(spare)
-            report(f"{error}; going by the listing of {listing.commit[:12]} in the cache")
+            report(f"{error}; using the cached listing of {listing.commit[:12]}")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             kept.parent.mkdir(parents=True, exist_ok=True)
@@ -221,12 +221,12 @@ def _open_listing(repository: str, revision: str, kept: Path, folder: Path, repo
             raise DataError(f"{error.filename} cannot be written: {error.strerror}") from None
     listing = read_listing(kept)
     if (listing.repository, listing.revision) != (repository, revision):
-        raise DataError(f"{kept} is of {listing.repository} at {listing.revision}: name another --run_dir")
+        raise DataError(f"{kept} lists {listing.repository} at {listing.revision}: name another --run_dir")
     return listing
 
 
 def _write(file: Path, text: str, replace_it: bool = True) -> None:
-    """Writes a file at once; the processes of a run write the same one, and the first one's stays."""
+    """Write a file atomically; if `replace_it` is false, the first of several processes wins."""
     handle, name = tempfile.mkstemp(dir=file.parent)
     try:
         with os.fdopen(handle, "w") as stream:

@@ -6,23 +6,23 @@ from typing import Any
 
 import numpy as np
 
-from jax_huginn.data.sources.bad import BadData
-from jax_huginn.data.sources.files import DataError, TextFile
+from jax_huginn.data.sources.bad_data import BadData
+from jax_huginn.data.sources.files import CorpusFile, DataError
 
-PIECE_ROWS = 64  # rows that are read at once
+PIECE_ROWS = 64  # rows read at once
 
 
 def parquet_pieces(
-    file: TextFile, offset: int = 0, *, length: int, vocab_size: int, bad: BadData, path: Path | None = None
+    file: CorpusFile, offset: int = 0, *, length: int, vocab_size: int, bad: BadData, path: Path | None = None
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields (row number, good rows of the next 64, (n, length) int32) of column `input_ids` from row `offset` on.
+    """Yield (row number, the good ones of 64 rows, (n, length) int32) of column `input_ids` from row `offset` on.
 
-    Bad, and left to the policy `bad`, are: a null row, one that is not `length` tokens long, a null token or one
-    outside [0, vocab_size); a file that is no parquet, has no such column or no rows; what follows a damaged page.
-    An error of the system while reading (a lost disk, a missing permission) is no property of the data: `DataError`.
+    `bad` receives: null rows, rows of another length, null tokens or tokens outside [0, vocab_size); files that are not
+    parquet, lack the column or have no rows; the rest of a file after a damaged page. An error of the system (a lost
+    disk, a missing permission) is not a property of the data and raises `DataError` under either policy.
 
     Args:
-        path: where the file lies, if not at `file.path`.
+        path: the file's location on this machine, if it is not `file.path`.
     """
     try:
         for first, column in _columns(path or file.path, offset):
@@ -30,24 +30,24 @@ def parquet_pieces(
     except _UnusableError as error:
         return bad.file(file, str(error))
     except OSError as error:
-        raise DataError(f"{file.path} cannot be read: {error.strerror}; mend it or take it out") from None
-    bad.read(file)
+        raise DataError(f"{file.path} cannot be read: {error.strerror}; fix or remove it") from None
+    bad.finished(file)
     return None
 
 
 class _UnusableError(Exception):
-    """A file whose content is no table of token rows."""
+    """A file that is not a table of token rows."""
 
 
 def _columns(path: Path, offset: int) -> Iterator[tuple[int, Any]]:
-    """Yields (row number, Arrow list column of at most 64 rows) from row `offset` on.
+    """Yield (row number, Arrow list column of at most 64 rows) from row `offset` on.
 
-    Raises `OSError` only with an error number, which the system gave.
+    Every `OSError` raised has an error number, so it came from the system.
     """
     import pyarrow.parquet as pq
 
     try:
-        # Memory-mapped, a file cut short under the reader's hands would end the process by SIGBUS.
+        # Not memory-mapped: truncating the file while it is read would kill the process with SIGBUS.
         with pq.ParquetFile(path, memory_map=False) as table:
             if complaint := _complaint(table.schema_arrow):
                 raise _UnusableError(complaint)
@@ -57,10 +57,10 @@ def _columns(path: Path, offset: int) -> Iterator[tuple[int, Any]]:
             for group in range(table.num_row_groups):
                 end = first + table.metadata.row_group(group).num_rows
                 if end > offset:
-                    # A group at a time: pieces begin at the same rows wherever reading starts, and a damaged group
-                    # takes the same rows with it.
+                    # One group at a time, so that pieces begin at the same rows wherever reading starts, and a damaged
+                    # group always costs the same rows.
                     for batch in table.iter_batches(PIECE_ROWS, row_groups=[group], columns=["input_ids"]):
-                        batch = batch[: end - first]  # a damaged file may hold more than it says
+                        batch = batch[: end - first]  # a damaged file may contain more rows than it declares
                         begin = max(offset - first, 0)
                         if begin < len(batch):
                             yield first + begin, batch.column(0)[begin:]
@@ -68,7 +68,7 @@ def _columns(path: Path, offset: int) -> Iterator[tuple[int, Any]]:
                 first = end
     except _UnusableError:
         raise
-    except Exception as error:  # Arrow's own, OSError without a number, and UnicodeDecodeError for a column's name
+    except Exception as error:  # Arrow's own, OSError without a number, UnicodeDecodeError (column names)
         if isinstance(error, OSError) and error.errno:
             raise
         raise _UnusableError(f"cannot be read as parquet: {_first_line(error)}") from None
@@ -79,7 +79,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _complaint(schema: Any) -> str:
-    """What is wrong with a file's columns; empty if nothing is."""
+    """What is wrong with a file's columns, or an empty string."""
     import pyarrow as pa
 
     kinds = [field.type for field in schema if field.name == "input_ids"]
@@ -90,8 +90,8 @@ def _complaint(schema: Any) -> str:
     return f"must have a column input_ids of type list<int>; it has {found}"
 
 
-def _token_rows(file: TextFile, first: int, column: Any, length: int, vocab_size: int, bad: BadData) -> np.ndarray:
-    """The good rows, (n, length) int32, of an Arrow list column, whose row 0 is the file's row `first`."""
+def _token_rows(file: CorpusFile, first: int, column: Any, length: int, vocab_size: int, bad: BadData) -> np.ndarray:
+    """The good rows, (n, length) int32, of an Arrow list column whose first row is the file's row `first`."""
     import pyarrow as pa
 
     lengths = column.value_lengths().fill_null(-1).to_numpy(zero_copy_only=False)

@@ -1,4 +1,4 @@
-"""A row of a batch is traced to its file: the tokens that stand there are the row's."""
+"""A row of a batch is traced to its file: the tokens found there are the row's."""
 
 import re
 from functools import partial
@@ -8,8 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jax_huginn.data.provenance import locate
-from jax_huginn.data.sources.bad import BadData
+from jax_huginn.data.sources.bad_data import BadData
 from jax_huginn.data.sources.files import parquet_files, text_files
 from jax_huginn.data.sources.parquet import parquet_pieces
 from jax_huginn.data.streams import RowDataset
@@ -32,7 +31,7 @@ def test_every_row_is_traced_through_windows_epochs_and_streams(tmp_path, window
     for _ in range(25):  # 200 rows: nearly two epochs
         position = iterator.get_state()
         for row, tokens in enumerate([next(iterator) for _ in range(8)]):
-            said = locate(dataset, pieces, position, row)
+            said = dataset.locate(pieces, position, row)
             match = re.fullmatch(rf"{re.escape(str(tmp_path))}/(\d)\.parquet, row (\d+)", said)
             assert match, said
             table = pq.read_table(tmp_path / f"{match[1]}.parquet").column("input_ids").to_pylist()
@@ -51,5 +50,5 @@ def test_text_is_traced_to_a_byte_and_a_token(tmp_path):
     iterator = iter(dataset)
     for _ in range(30):
         position, row = iterator.get_state(), next(iterator)
-        byte, token = map(int, re.findall(r"byte (\d+), token (\d+)", locate(dataset, pieces, position, 0))[0])
+        byte, token = map(int, re.findall(r"byte (\d+), token (\d+)", dataset.locate(pieces, position, 0))[0])
         assert byte + token == row[0]

@@ -1,7 +1,7 @@
-"""Fetching one file of a Hugging Face dataset: resumable, patient with faults, verified before it is used.
+"""Download one file of a Hugging Face dataset: resumable, retried, verified before use.
 
-The requests go through huggingface_hub's own session, so that its endpoint, token, proxies and offline switch hold. Its
-`hf_hub_download` is not used: since version 2 it begins an interrupted file anew, and it compares sizes, not checksums.
+Requests go through huggingface_hub's own session, so its endpoint, token, proxies and offline switch apply. Its
+`hf_hub_download` is not used: since version 2 it restarts interrupted files, and it compares sizes, not checksums.
 """
 
 import hashlib
@@ -15,26 +15,26 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from jax_huginn.data.sources.files import DataError, TextFile
+from jax_huginn.data.sources.files import CorpusFile, DataError
 
 T = TypeVar("T")
-ATTEMPTS = 10  # tries in a row without progress: about six minutes
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 120.0  # seconds; doubled from try to try
-PROGRESS = 2**20  # bytes gained by a try that does not count as a failed one
-MISMATCHES = 3  # whole files with a wrong checksum
+ATTEMPTS = 10  # consecutive tries without progress: about six minutes
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 120.0  # seconds; doubled after each try
+PROGRESS = 2**20  # bytes; a try that gained this many resets the count of failures
+MISMATCHES = 3  # complete downloads with a wrong checksum
 CHUNK = 2**20
 
 
 class StoppedError(Exception):
-    """The run ends while a file is being fetched."""
+    """The run ended while a file was being fetched."""
 
 
 class UnreachableError(DataError):
-    """The hub gave no answer, or none that would be the same tomorrow."""
+    """The hub did not answer, or only with a temporary failure."""
 
 
 class FetchError(Exception):
-    """A failed try. `final`: another one would not help. `wait`: seconds that the server asks for."""
+    """A failed try. `final`: retrying would not help. `wait`: seconds requested by the server."""
 
     def __init__(self, reason: str, final: bool = False, wait: float = 0.0, offline: bool = False) -> None:
         super().__init__(reason)
@@ -42,7 +42,7 @@ class FetchError(Exception):
 
     @classmethod
     def of(cls, error: Exception) -> "FetchError":
-        """Whatever a request raised, in a few words without addresses, which may be signed."""
+        """Summarise what a request raised, without URLs, which may be signed."""
         from huggingface_hub.errors import OfflineModeIsEnabled
 
         if isinstance(error, FetchError):
@@ -51,13 +51,13 @@ class FetchError(Exception):
             return cls("HF_HUB_OFFLINE is set", final=True, offline=True)
         if (response := getattr(error, "response", None)) is not None:
             return cls.of_status(response)
-        # Its class is that of whichever HTTP client the installed huggingface_hub has.
+        # The class depends on the HTTP client of the installed huggingface_hub.
         text = re.sub(r"\w+://\S+", "the hub", (str(error).splitlines() or [""])[0])
         return cls(f"{type(error).__name__}: {text}" if text else type(error).__name__)
 
     @classmethod
     def of_status(cls, response: Any) -> "FetchError":
-        """An HTTP answer that is no success."""
+        """Summarise an HTTP error status."""
         status = int(response.status_code)
         hint = ": set HF_TOKEN, or accept the dataset's terms" if status in (401, 403) else ""
         transient = status in (408, 425, 429) or status >= 500
@@ -65,7 +65,7 @@ class FetchError(Exception):
 
 
 def _seconds(retry_after: str) -> float:
-    """The header's seconds or date as seconds from now, at most ten minutes."""
+    """Seconds from now in the header, which has seconds or a date; at most ten minutes."""
     try:
         seconds = float(retry_after)
     except ValueError:
@@ -77,25 +77,25 @@ def _seconds(retry_after: str) -> float:
 
 
 class Patience:
-    """Tries again after pauses that double, with jitter so that many processes do not come back at once."""
+    """Retries after pauses that double, with jitter so that many processes do not return at once."""
 
     def __init__(self, pause: Callable[[float], None], report: Callable[[str], None], attempts: int = ATTEMPTS) -> None:
         """`pause(seconds)` waits, or raises `StoppedError`."""
         self.pause, self.report, self.attempts = pause, report, attempts
 
     def failed(self, what: str, fault: FetchError, tries: int) -> None:
-        """Waits before the next try, or raises `DataError` after the last."""
+        """Wait before the next try, or raise `DataError` after the last."""
         if fault.final:
             kind = UnreachableError if fault.offline else DataError
             raise kind(f"{what} cannot be fetched: {fault.reason}")
         if tries >= self.attempts:
             raise UnreachableError(f"{what} cannot be fetched after {tries} tries: {fault.reason}")
         seconds = max(min(FIRST_PAUSE * 2 ** (tries - 1), LONGEST_PAUSE) * random.uniform(0.5, 1.5), fault.wait)
-        self.report(f"{what}: {fault.reason}; again in {seconds:.0f} s")
+        self.report(f"{what}: {fault.reason}; retrying in {seconds:.0f} s")
         self.pause(seconds)
 
     def until_done(self, what: str, action: Callable[[], T]) -> T:
-        """What `action` returns once it raises nothing."""
+        """Retry `action` until it succeeds, and return its result."""
         tries = 0
         while True:
             try:
@@ -107,10 +107,12 @@ class Patience:
                 self.failed(what, FetchError.of(error), tries)
 
 
-def fetch(repository: str, commit: str, file: TextFile, part: Path, target: Path, patience: Patience) -> None:
-    """Writes `target`, whole and verified or not at all; `part` keeps what an interrupted call has fetched.
+def fetch(repository: str, commit: str, file: CorpusFile, part: Path, target: Path, patience: Patience) -> None:
+    """Write `target`, complete and verified or not at all; `part` keeps what an interrupted call has fetched.
 
-    Raises `DataError` where the file cannot be had, `StoppedError` where `patience.pause` does.
+    Raises:
+        DataError: the file cannot be fetched.
+        StoppedError: from `patience.pause`.
     """
     assert file.size is not None
     tries = mismatches = 0
@@ -124,7 +126,7 @@ def fetch(repository: str, commit: str, file: TextFile, part: Path, target: Path
             if not is_intact(part, file):
                 part.unlink()
                 mismatches += 1
-                raise FetchError("does not have the checksum that the hub says", final=mismatches == MISMATCHES)
+                raise FetchError("does not have the checksum that the hub lists", final=mismatches == MISMATCHES)
             os.replace(part, target)
             return
         except StoppedError:
@@ -134,8 +136,8 @@ def fetch(repository: str, commit: str, file: TextFile, part: Path, target: Path
             patience.failed(str(file.path), FetchError.of(error), tries)
 
 
-def _continue(repository: str, commit: str, file: TextFile, part: Path, patience: Patience) -> None:
-    """One request for what `part` lacks of the file."""
+def _continue(repository: str, commit: str, file: CorpusFile, part: Path, patience: Patience) -> None:
+    """Request the bytes that `part` lacks."""
     from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.utils import build_hf_headers, get_session
 
@@ -151,21 +153,21 @@ def _continue(repository: str, commit: str, file: TextFile, part: Path, patience
         if answer.status_code not in (200, 206):
             raise FetchError.of_status(answer)
         if answer.status_code == 206 and not answer.headers.get("Content-Range", "").startswith(f"bytes {begin}-"):
-            raise FetchError("was sent from another byte on than asked for")
+            raise FetchError("was sent from another byte than requested")
         with _writing(part, append=answer.status_code == 206) as write:
             have = begin if answer.status_code == 206 else 0
-            for chunk in answer.iter_raw():  # as they come: of a dropped connection nothing is lost
+            for chunk in answer.iter_raw():  # unbuffered, so that a dropped connection loses nothing
                 have += len(chunk)
                 if have > file.size:
                     write(chunk[: len(chunk) - (have - file.size)])
-                    return  # the checksum tells whether it is the file
+                    return  # the checksum decides whether it is the file
                 write(chunk)
                 patience.pause(0)
 
 
 @contextmanager
 def _writing(part: Path, append: bool) -> Iterator[Callable[[bytes], Any]]:
-    """A function that writes to the end of `part`; a full disk or a missing permission is a final fault."""
+    """A function that appends to `part`; a full disk or a missing permission is final."""
 
     def guarded(action: Callable[[], T]) -> T:
         try:
@@ -179,8 +181,8 @@ def _writing(part: Path, append: bool) -> Iterator[Callable[[bytes], Any]]:
         yield lambda chunk: guarded(lambda: stream.write(chunk))
 
 
-def is_intact(path: Path, file: TextFile) -> bool:
-    """Whether the file at `path` has the size and the digest of `file`: SHA-256, or git's SHA-1 of a small file."""
+def is_intact(path: Path, file: CorpusFile) -> bool:
+    """Whether the file at `path` has the size and digest of `file`: SHA-256, or git's SHA-1 of a small file."""
     if _size(path) != file.size:
         return False
     digest = hashlib.sha256() if len(file.digest) == 64 else hashlib.sha1(b"blob %d\0" % file.size)

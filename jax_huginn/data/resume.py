@@ -1,8 +1,9 @@
-"""The exact position in the data: a process holds its part, a checkpoint the whole, for any number of processes.
+"""The exact position in the data, saved whole and restored in parts.
 
-The whole is JSON: `order` (whatever fixes the order of the rows), `rows` (handed out by all processes together),
-`streams` and `skipped` (six and four integers for each of the V virtual streams). A process's part has the same fields,
-of its own streams only, and `process` = [p, P]; what else it holds is not part of the position.
+Each process tracks its own streams; a checkpoint stores them merged, so a run can resume with a different process
+count. The whole is JSON: `order` (everything that fixes the order of the rows), `rows` (returned by all processes
+together), `streams` and `skipped` (six and four integers for each of the V virtual streams). A process's part has the
+same fields for its own streams, and `process` = [p, P].
 """
 
 from collections.abc import Sequence
@@ -15,10 +16,10 @@ BY_STREAM = ("streams", "skipped")
 
 
 def whole_position(parts: Sequence[Position]) -> Position:
-    """The parts of all P processes, in any order, after the same number of batches, as one."""
+    """Merge the parts of all P processes, in any order, taken after the same number of batches."""
     ordered = sorted(parts, key=lambda part: part["process"])
     if [part["process"] for part in ordered] != [[process, len(parts)] for process in range(len(parts))]:
-        raise DataError(f"{len(parts)} parts of a position are of the processes {[part['process'] for part in parts]}")
+        raise DataError(f"{len(parts)} parts of a position come from processes {[part['process'] for part in parts]}")
     for name in ("order", "rows"):
         if any(part[name] != ordered[0][name] for part in ordered):
             raise DataError(f"parts of a position differ in {name}: {[part[name] for part in ordered]}")
@@ -30,14 +31,14 @@ def whole_position(parts: Sequence[Position]) -> Position:
 
 
 def local_part(position: Position, process: int, processes: int) -> Position:
-    """Of a whole position, the part of process `process` of `processes`; its own part is returned as it is."""
+    """The part of process `process` of `processes` in a whole position; its own part is returned unchanged."""
     if "process" in position:
         if position["process"] != [process, processes]:
-            raise DataError(f"a position of process {position['process']} is not that of {[process, processes]}")
+            raise DataError(f"the position of process {position['process']} was given to {[process, processes]}")
         return position
     if position["rows"] % processes or len(position["streams"]) % processes:
         raise DataError(
-            f"{processes} processes cannot go on after {position['rows']} rows of {len(position['streams'])} streams: "
+            f"{processes} processes cannot resume after {position['rows']} rows of {len(position['streams'])} streams: "
             "both must be divisible by the number of processes"
         )
     part = {"process": [process, processes], "order": position["order"], "rows": position["rows"]}
