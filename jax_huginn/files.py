@@ -9,7 +9,7 @@ from pathlib import Path
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a path to write to; it replaces `path` when the block ends, and is deleted when the block fails."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished = _beside(path)
     try:
         yield unfinished
         unfinished.replace(path)
@@ -27,7 +27,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """
     if path.exists():
         raise FileExistsError(17, "exists", str(path))
-    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished = _beside(path)
     shutil.rmtree(unfinished, ignore_errors=True)  # left behind by a kill
     unfinished.mkdir(parents=True)
     try:
@@ -36,3 +36,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def _beside(path: Path) -> Path:
+    """A name for the unfinished, no longer than file systems allow."""
+    return path.with_name(f".{path.name.encode()[:200].decode(errors='ignore')}.unfinished")

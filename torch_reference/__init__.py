@@ -1,8 +1,8 @@
 """MoE-Huginn in PyTorch: a readable twin of `jax_huginn`, of which it imports nothing."""
 
-from torch_reference.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from torch_reference.config import MoEHuginnConfig, MoEHuginnConfig700M
-from torch_reference.model import MoEHuginnModel
+from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from .config import MoEHuginnConfig, MoEHuginnConfig700M
+from .model import MoEHuginnModel
 
 __all__ = [
     "CheckpointError",

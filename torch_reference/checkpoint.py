@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_reference.config import MoEHuginnConfig
-from torch_reference.model import MoEHuginnModel, rope_tables
+from .config import MoEHuginnConfig
+from .model import MoEHuginnModel, rope_tables
 
 PREFIX = "_orig_mod._original_module."
 LM_HEAD, EMBEDDING, FREQUENCIES = ("lm_head.weight", "transformer.wte.weight", "freqs_cis")

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_reference.config import MoEHuginnConfig
-from torch_reference.initial_state import initial_state as draw_initial_state
+from .config import MoEHuginnConfig
+from .initial_state import initial_state as draw_initial_state
 
 IGNORED_LABEL = -100
 

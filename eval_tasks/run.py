@@ -1,0 +1,145 @@
+"""One evaluation command for all frameworks: options, tasks, tables and a results file.
+
+Every task is evaluated by itself, so one that cannot run is reported and costs no other. Exit status: 0 all tasks ran,
+1 some did not, 2 nothing was started because of a mistake in the command, 130 interrupted.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eval_tasks.loading import first_line, load_task, load_task_manager, missing_package
+from eval_tasks.options import Parser, add_options, check
+from jax_huginn.config.checks import UserError
+from jax_huginn.files import whole_file
+
+if TYPE_CHECKING:
+    from eval_tasks.lm import HuginnLM, LanguageModel
+
+BOOTSTRAPS = 100  # resamples behind the standard errors that have no closed form
+
+
+def run(
+    program: str,
+    description: str,
+    arguments: Sequence[str],
+    add_own_options: Callable[[argparse.ArgumentParser], None],
+    open_model: "Callable[[argparse.Namespace], tuple[LanguageModel, Any]]",
+) -> int:
+    """Evaluate as the command line says and return the exit status.
+
+    Args:
+        add_own_options: adds what names the model.
+        open_model: the model that the options name, and its tokenizer; raises UserError when they cannot work.
+    """
+    parser = Parser(
+        prog=program, description=description, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add_own_options(parser)
+    add_options(parser)
+    try:
+        options = parser.parse(list(arguments))
+        check(options)
+        if not sys.stderr.isatty():
+            os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars would fill log files
+        manager = load_task_manager(options)
+        model, tokenizer = open_model(options)
+        if len(tokenizer) > model.vocab_size:
+            raise UserError(f"the tokenizer has {len(tokenizer)} tokens, more than the model's {model.vocab_size}")
+        if options.apply_chat_template and not tokenizer.chat_template:
+            raise UserError("--apply_chat_template: the tokenizer has no chat template")
+        return _evaluate_all(program, model, tokenizer, manager, options)
+    except UserError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _evaluate_all(
+    program: str, model: "LanguageModel", tokenizer: Any, manager: Any, options: argparse.Namespace
+) -> int:
+    from eval_tasks.lm import HuginnLM
+
+    report: dict[str, Any] = {
+        "device": model.device,
+        "options": {name: value for name, value in vars(options).items() if name != "output"},
+        "results": {str(depth): {} for depth in options.recurrence},
+        "failed": {},
+        "notes": {},
+        "n_samples": {},
+        "versions": {},
+    }
+    for depth in options.recurrence:
+        lm = HuginnLM(model, tokenizer, depth, options.batch_size)
+        for name in options.tasks:
+            title = name if len(options.recurrence) == 1 else f"{name} at recurrence {depth}"
+            try:
+                _evaluate_task(name, title, lm, manager, options, report)
+            except UserError as error:
+                report["failed"][title] = str(error)
+                print(f"{program}: error: {title} did not run: {error}", file=sys.stderr)
+            except Exception as error:  # a fault of ours or lm-eval's: shown in full, the other tasks run
+                report["failed"][title] = f"{type(error).__name__}: {first_line(error)}"
+                traceback.print_exc()
+            for note, count in lm.notes.items():
+                print(f"{program}: warning: {title}: {count} {note}", file=sys.stderr)
+            report["notes"][title] = dict(lm.notes)
+            lm.notes.clear()
+            if options.output is not None:  # after every task, so that a crash or a kill keeps what is done
+                _write(program, options.output, report)
+    return 1 if report["failed"] else 0
+
+
+def _evaluate_task(
+    name: str, title: str, lm: "HuginnLM", manager: Any, options: argparse.Namespace, report: dict[str, Any]
+) -> None:
+    """Print lm-eval's table of one task or group and add its results to the report; raises UserError as above."""
+    from lm_eval.evaluator import evaluate
+    from lm_eval.utils import make_table
+
+    os.environ["DISABLE_MULTIPROC"] = "1"  # so few resamples are not worth lm-eval's pool of processes
+    loaded = load_task(name, manager, options)
+    try:
+        results: Any = evaluate(
+            lm, loaded, limit=options.limit, bootstrap_iters=BOOTSTRAPS, log_samples=False,
+            system_instruction=options.system_instruction, apply_chat_template=options.apply_chat_template,
+            fewshot_as_multiturn=options.fewshot_as_multiturn, confirm_run_unsafe_code=options.confirm_run_unsafe_code,
+        )  # fmt: skip
+    except ImportError as error:
+        raise UserError(missing_package(error)) from None
+    if title != name:
+        print(f"recurrence {lm.recurrence}")
+    print(make_table(results))
+    if results.get("groups"):
+        print(make_table(results, "groups"))
+    report["results"][str(lm.recurrence)].update(results["results"])
+    report["n_samples"].update(results["n-samples"])
+    report["versions"].update(results["versions"])
+
+
+def _write(program: str, output: Path, report: dict[str, Any]) -> None:
+    """The whole report so far; a disk that is full costs the file alone."""
+    try:
+        with whole_file(output) as unfinished:
+            text = json.dumps(_json(report), indent=2, default=str, allow_nan=False)
+            unfinished.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        print(f"{program}: error: --output {output} cannot be written: {error.strerror}", file=sys.stderr)
+
+
+def _json(value: Any) -> Any:
+    """The value with null for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {str(key): _json(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
