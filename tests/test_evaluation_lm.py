@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from evaluation_support import BOS, CONFIG, EOS, PAD, lively_model, make_tokenizer
 
 from eval_tasks.lm import HuginnLM
 from jax_huginn.config.checks import UserError
+from tests.evaluation_support import BOS, CONFIG, EOS, PAD, lively_model, make_tokenizer
 from torch_reference import MoEHuginnModel
 from torch_reference.evaluation import TorchLanguageModel
 from torch_reference.generate import greedy

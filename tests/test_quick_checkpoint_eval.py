@@ -11,11 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from evaluation_support import CONFIG, make_tokenizer
 from safetensors.torch import save_file
 
 from eval_tasks.lm import HuginnLM
 from eval_tasks.run import _json
+from tests.evaluation_support import CONFIG, make_tokenizer
 from torch_reference import MoEHuginnModel, save_checkpoint
 from torch_reference.quick_checkpoint_eval import main
 
