@@ -1,33 +1,22 @@
-"""Devices that the plan knows: data-sheet figures, and which shares of them this project's step reached."""
+"""Devices that the plan knows: figures of their data sheets."""
 
 import dataclasses
 from dataclasses import dataclass
 
 from jax_huginn.config.checks import require
-from jax_huginn.model.flops import peak_flops
-
-# Shares of the bf16 peak, of the kernels in a profile of the 3.8 B step on one H100 80GB, which its power limit then
-# holds at 1.4 GHz (jax 0.11.2, docs/performance.md): matmuls, and cuDNN's causal attention forward and backward. The
-# latter counts twice a forward's FLOPs, and heads 96 wide as the 128 to which it pads them.
-MATMUL = 720 / 989.4
-ATTENTION_FORWARD = 334 / 989.4
-ATTENTION_BACKWARD = 308 / 989.4
-HEAD_WIDTH = 128
-# Share of the memory's bandwidth in all that is no matmul: fitted to one number, the 159 ms that the same step spends
-# there, which the bytes of `seconds.py` explain at 2.6 TB/s of 3.35.
-MEMORY = 0.77
-# Share of a link's bandwidth that a large collective reaches. An assumption: nothing was run on several GPUs.
-COLLECTIVE = 0.8
+from jax_huginn.model.flops import PEAK_BF16
 
 
 @dataclass(frozen=True)
 class Device:
-    """One GPU; bandwidths are a device's own, one way, in bytes of 10^9 a second."""
+    """One GPU. Bandwidths are one device's, one way, in 10^9 bytes/s."""
 
     kind: str
-    """As `jax.Device.device_kind` begins; names its peak in `training.flops`."""
+    """The vendor's name, as `jax.Device.device_kind` contains it."""
+    peak_tflops: float
+    """Dense bf16 peak, 10^12 FLOP/s."""
     memory_gb: float
-    """What a program may fill: 92 % of the card's bytes, as train_jax.py takes them."""
+    """What a program may fill, 10^9 bytes: 92 % of the card's memory, as training takes it."""
     memory_gbs: float
     nvlink_gbs: float
     """To the other devices of its host."""
@@ -37,21 +26,27 @@ class Device:
     @property
     def peak(self) -> float:
         """Dense bf16 FLOP/s."""
-        peak = peak_flops(self.kind)
-        assert peak is not None
-        return peak
+        return self.peak_tflops * 1e12
 
 
-# Vendors' data sheets (SXM boards). Network: an adapter of 400 or 200 Gbit/s a GPU, as DGX hosts have.
+def _device(kind: str, **figures: float) -> Device:
+    return Device(kind, PEAK_BF16[kind] / 1e12, **figures)
+
+
+# Vendors' data sheets (SXM and OAM boards). Network: one adapter of 400 Gbit/s (A100: 200) a GPU, as in DGX hosts.
+# MI300X: seven links of 64 GB/s to the seven others.
 DEVICES = {
-    "h100": Device("H100", memory_gb=78, memory_gbs=3350, nvlink_gbs=450, network_gbs=50),
-    "h200": Device("H200", memory_gb=130, memory_gbs=4800, nvlink_gbs=450, network_gbs=50),
-    "a100": Device("A100", memory_gb=78, memory_gbs=2039, nvlink_gbs=300, network_gbs=25),
+    "h100": _device("H100", memory_gb=78, memory_gbs=3350, nvlink_gbs=450, network_gbs=50),
+    "h200": _device("H200", memory_gb=130, memory_gbs=4800, nvlink_gbs=450, network_gbs=50),
+    "b200": _device("B200", memory_gb=166, memory_gbs=8000, nvlink_gbs=900, network_gbs=50),
+    "a100": _device("A100", memory_gb=78, memory_gbs=2039, nvlink_gbs=300, network_gbs=25),
+    "mi300x": _device("MI300X", memory_gb=177, memory_gbs=5300, nvlink_gbs=448, network_gbs=50),
 }
 
 
 def make_device(name: str, **given: float | None) -> Device:
     """A known device, with the figures that are given in place of its own."""
-    for field, value in given.items():
-        require(value is None or value > 0, f"--{field.replace('_', '-')} {value} must be positive")
-    return dataclasses.replace(DEVICES[name], **{field: value for field, value in given.items() if value is not None})
+    figures = {field: value for field, value in given.items() if value is not None}
+    for field, value in figures.items():
+        require(value > 0, f"--{field.replace('_', '-')} {value} must be positive")
+    return dataclasses.replace(DEVICES[name], **figures)

@@ -1,12 +1,15 @@
-"""Floating-point operations of the model and the peak rates of devices, for TFLOP/s and MFU.
+"""Floating-point operations of the model and peak rates of devices, for TFLOP/s, MFU and the plan.
 
-A matmul of P parameters costs 2 P per token forward and 4 P backward; causal attention counts half its square;
-what rematerialisation computes again does not count.
+Only useful work counts: a matmul of P parameters costs 2 P per token forward and 4 P backward, attention half of its
+square, and neither rematerialisation nor the empty places of the experts' grid count. The adapter multiplies the
+embedding once and the state in every recurrence.
 """
+
+from typing import NamedTuple
 
 from jax_huginn.config.schema import Config
 
-# Dense bf16 peak in FLOP/s from the vendors' data sheets, without sparsity; the first match of a device's name counts.
+# Dense bf16 peak in FLOP/s from the vendors' data sheets, without sparsity; the first match in a device's name counts.
 # An unknown device has no MFU rather than a guessed one.
 PEAK_BF16 = {
     "H100 PCIe": 756e12,
@@ -26,22 +29,69 @@ def peak_flops(device_kind: str) -> float | None:
     return next((peak for name, peak in PEAK_BF16.items() if name in device_kind), None)
 
 
-def forward_flops(config: Config, sequence_length: int) -> tuple[float, float]:
+class Part(NamedTuple):
+    """One matmul of a block, or its attention, for one token."""
+
+    name: str
+    """The name of its result in `model.remat`: matmul, gate_up or attention."""
+    flops: float
+    """Of its forward pass."""
+    result: float
+    """Elements that the backward pass may keep."""
+
+
+def block_parts(config: Config, length: int, moe: bool = False, capacity: float = 1) -> list[Part]:
+    """The parts of a sandwich block at a sequence length, with the MoE in place of its MLP if asked; `capacity` is
+    that of `moe_parts`."""
+    model = config.model
+    width, heads, kv_heads = model.width, model.heads * model.head_dim, model.kv_heads * model.head_dim
+    attention = [
+        Part("matmul", 2 * width * (heads + 2 * kv_heads), heads + 2 * kv_heads),
+        Part("attention", 2 * length * heads, heads),
+        Part("matmul", 2 * heads * width, width),
+    ]
+    mlp = [
+        Part("gate_up", 2 * width * 2 * model.mlp_width, 2 * model.mlp_width),
+        Part("matmul", 2 * model.mlp_width * width, width),
+    ]
+    return attention + (moe_parts(config, capacity) if moe else mlp)
+
+
+def moe_parts(config: Config, capacity: float = 1) -> list[Part]:
+    """Router, shared expert and active routed experts, whose results take `capacity` places per assignment."""
+    width, moe = config.model.width, config.moe
+    experts = 1 + moe.active
+    return [
+        Part("matmul", 2 * width * moe.experts, 0),
+        Part("gate_up", 2 * width * 2 * moe.width * experts, 2 * moe.width * (1 + moe.active * capacity)),
+        Part("matmul", 2 * moe.width * width * experts, width),
+    ]
+
+
+def core_has_moe(config: Config) -> bool:
+    return config.moe.experts > 0 and config.moe.placement == "core"
+
+
+def core_parts(config: Config, length: int) -> list[Part]:
+    """One recurrence: the adapter's half for the state, then the core's blocks."""
+    width = config.model.width
+    block = block_parts(config, length, core_has_moe(config))
+    return [Part("matmul", 2 * width**2, width), *block * config.model.core_layers]
+
+
+def outer_parts(config: Config, length: int) -> list[Part]:
+    """What is outside the recurrence under `model.remat`: prelude, MoE at the injection, coda."""
+    model = config.model
+    moe = moe_parts(config) if config.moe.experts and not core_has_moe(config) else []
+    return block_parts(config, length) * (model.prelude_layers + model.coda_layers) + moe
+
+
+def forward_flops(config: Config, length: int) -> tuple[float, float]:
     """Forward FLOPs per token of (everything outside the recurrence, one recurrence)."""
-    model, moe = config.model, config.moe
-    expert = 3 * model.width * moe.width
-    moe_params = (moe.active + 1) * expert + model.width * moe.experts if moe.experts else 0
-    heads_width = model.heads * model.head_dim
-    attention = model.width * (heads_width + 2 * model.kv_heads * model.head_dim) + heads_width * model.width
-    scores = 2 * sequence_length * heads_width
-    mlp = 3 * model.width * model.mlp_width
-    core_moe = moe.experts > 0 and moe.placement == "core"
-    block = 2 * (attention + mlp) + scores
-    core_block = 2 * (attention + (moe_params if core_moe else mlp)) + scores
-    outside = (model.prelude_layers + model.coda_layers) * block + 2 * model.vocab_size * model.width
-    if not core_moe:
-        outside += 2 * moe_params
-    return float(outside), float(model.core_layers * core_block + 2 * 2 * model.width**2)
+    model = config.model
+    head, adapter = 2 * model.vocab_size * model.width, 2 * model.width**2  # the adapter's half for the embedding
+    outside, recurrence = (sum(part.flops for part in parts(config, length)) for parts in (outer_parts, core_parts))
+    return float(outside + head + adapter), float(recurrence)
 
 
 def training_flops(config: Config, n: float, k: float) -> float:

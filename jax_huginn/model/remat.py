@@ -21,10 +21,14 @@ def _keep(*names: str):
     return policies.save_from_both_policies(policies.save_only_these_names(*names), _statistics)
 
 
-POLICIES = {
+KEPT = {
+    "none": ("attention", "matmul", "gate_up"),  # and everything else
+    "dots": ("attention", "matmul", "gate_up"),
+    "dots_except_gate_up": ("attention", "matmul"),
+    "attention": ("attention",),
+    "full": (),
+}
+POLICIES = {name: _keep(*kept) for name, kept in KEPT.items()} | {
     "none": jax.checkpoint_policies.everything_saveable,
-    "dots": _keep("attention", "matmul", "gate_up"),
-    "dots_except_gate_up": _keep("attention", "matmul"),
-    "attention": _keep("attention"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }

@@ -1,7 +1,7 @@
-"""The plan's bytes against the compiler's, on 8 devices; `tests/test_plan.py` runs it in a process of its own.
+"""The plan's bytes against the compiler's on 8 devices; `tests/test_plan.py` runs it in a process of its own.
 
-XLA for CPUs removes the barriers of `jax.checkpoint` and then joins what is recomputed with what was kept, so that
-remat saves nothing there; the pass that removes them is turned off. Numbers are float32: bfloat16 is widened on CPUs.
+XLA for CPUs removes the barriers of `jax.checkpoint` and then merges recomputed values with kept ones, so remat would
+save nothing; the pass that removes them is turned off. Arithmetic is float32, since CPUs widen bfloat16.
 """
 
 import re
@@ -14,10 +14,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from jax_huginn.cost.compiled import lower_step
-from jax_huginn.cost.memory import core_gradient, device_memory
-from jax_huginn.cost.shapes import state_shapes
-from jax_huginn.cost.traffic import step_traffic
+from jax_huginn.cost.memory import device_memory, state_arrays
+from jax_huginn.cost.roofline import step_exchanges
+from jax_huginn.cost.xla import lower_step
 from jax_huginn.model.parameters import cast_params
 from jax_huginn.model.sharding import specs
 from jax_huginn.parallel.mesh import AXES, REPLICATED, per_device
@@ -51,22 +50,23 @@ def compiled(*arguments):
 
 def planned(*arguments):
     config = plan_config(*arguments)
-    return device_memory(config, arguments[0], state_shapes(config), fused_attention=False)
+    return device_memory(config, arguments[0], state_arrays(config), fused_attention=False)
 
 
 def temporaries(*arguments) -> tuple[int, int]:
-    """(planned, compiled). XLA for CPUs keeps a step's gradient of the core beside the sum that it is added to; on the
-    GPU it does not (docs/scaling.md), so it is no part of the plan."""
+    """(planned, compiled). XLA for CPUs holds a step's gradient of the core beside the sum that it is added to. XLA for
+    GPUs does not (docs/scaling.md), so the plan leaves it out."""
     config = plan_config(*arguments)
-    beside = core_gradient(state_shapes(config)) if config.compute.remat == "full" else 0
+    beside = state_arrays(config).core_gradient if config.compute.remat == "full" else 0
     return planned(*arguments).temporaries + beside, compiled(*arguments).memory_analysis().temp_size_in_bytes
 
 
 FULL, TWICE = ((2, 2, 2), "full", 4, 2), ((2, 2, 2), "full", 4, 4)
 DOTS, DEEPER = ((1, 8, 1), "dots", 2, 1, 1024), ((1, 8, 1), "dots", 4, 1, 1024)
+NONE = ((1, 8, 1), "none", 4, 1, 512)
 
 
-@pytest.mark.parametrize("case", [FULL, TWICE, DOTS, DEEPER], ids=str)
+@pytest.mark.parametrize("case", [FULL, TWICE, DOTS, DEEPER, NONE], ids=str)
 def test_arguments_and_temporaries_are_the_compilers(case):
     assert planned(*case).arguments == compiled(*case).memory_analysis().argument_size_in_bytes
     ours, theirs = temporaries(*case)
@@ -86,17 +86,17 @@ def test_what_one_knob_adds_is_what_it_adds_in_the_compiled_step(less, more):
 
 @pytest.mark.parametrize("case", [FULL], ids=str)
 def test_the_compiled_steps_exchanges_are_the_plans(case):
-    """Per kind, results and operands of every collective. Of the embedding's two gathers the compiler makes one."""
+    """Results and operands of every collective, by kind. The compiler joins the embedding's two gathers into one."""
     config = plan_config(*case)
-    shapes = state_shapes(config)
+    state = state_arrays(config)
     expected = Counter()
-    for exchange in step_traffic(config, case[0], shapes, n=4):
+    for exchange in step_exchanges(config, case[0], state, n=4):
         expected[exchange.kind] += exchange.size
-    expected["all_gather"] -= sum(array.whole for array in shapes.compute if array.top == "wte")
+    expected["all_gather"] -= sum(array.bytes for array in state.copies if array.names[0] == "wte")
     found = Counter()
     line = r"= (.+?) (all-reduce|reduce-scatter|all-gather|all-to-all)\(.*?replica_groups=(\S+)"
     for result, kind, groups in re.findall(line, compiled(*case).as_text()):
-        # Of a scatter the text names the result: a group's number of them is what it took.
+        # The text gives a scatter's result; its operand is as many of these as its group has members.
         members = groups.split("}")[0].count(",") + 1 if kind == "reduce-scatter" else 1
         found[kind.replace("-", "_")] += members * sum(
             4 * int(np.prod([int(axis) for axis in shape.split(",") if axis]))
@@ -108,7 +108,7 @@ def test_the_compiled_steps_exchanges_are_the_plans(case):
         assert size == pytest.approx(found[kind], rel=MEASURED), kind
 
 
-N = 4  # recurrences without gradient, for a loop whose length the program does not tell
+N = 4  # recurrences without gradient: the program does not contain the length of this loop
 MESHES = {
     "fsdp": ((1, 8, 1), {}),
     "expert": ((1, 1, 8), {}),
@@ -124,11 +124,11 @@ MESHES = {
 
 @pytest.mark.parametrize("name", MESHES)
 def test_the_traced_steps_exchanges_are_the_plans(name):
-    """Of every kind and axes the bytes of one device's program as it is written; sums of a few kilobytes aside."""
+    """Bytes by kind and axes in one device's program as it is traced, except for sums of a few kilobytes."""
     sizes, sections = MESHES[name]
     config = plan_config(sizes, length=64, **sections)
     expected, found = Counter(), Counter()
-    for exchange in step_traffic(config, sizes, state_shapes(config), N):
+    for exchange in step_exchanges(config, sizes, state_arrays(config), N):
         expected[exchange.kind, exchange.axes] += exchange.size
     for key, size in exchanges(traced(config), 1):
         found[key] += size
@@ -153,8 +153,8 @@ KINDS |= {"psum": "all_reduce", "psum_invariant": "all_reduce"}
 
 
 def exchanges(jaxpr: Any, times: int):
-    """((kind, axes), bytes of the whole arrays) of every collective, a loop's as often as it runs. The last branch of a
-    `cond` counts: the usual k."""
+    """((kind, axes), bytes of the whole arrays) of every collective, counted as often as its loop runs. Of a `cond`
+    the last branch counts, which is the usual k."""
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
         if name in KINDS:

@@ -1,7 +1,7 @@
-"""What XLA's own compiler says of a training step on GPUs that need not be here.
+"""Memory and overlap of a training step as XLA compiles it for NVIDIA GPUs that need not be here.
 
-XLA compiles for a GPU from a description of it (`jax.experimental.topologies`). Nothing is run, so nothing is timed and
-no kernel is chosen by timing; what is compiled is otherwise the program of a real run.
+XLA compiles for a described GPU (`jax.experimental.topologies`). Nothing runs, so no kernel is chosen by timing it;
+otherwise the program is that of a real run.
 """
 
 import dataclasses
@@ -27,15 +27,16 @@ from jax_huginn.training.step import init_state, make_train_step
 
 PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 
-# Of the data sheets: streaming multiprocessors, bytes of shared memory of one and of a block in it, bytes of L2, GHz,
-# FP32 units of a multiprocessor, compute capability.
+# Data sheets: streaming multiprocessors, bytes of shared memory of one and of a block in it, bytes of L2, GHz, FP32
+# units of a multiprocessor, compute capability.
 CHIPS = {
     "H100": (132, 233472, 232448, 52428800, 1.98, 128, 9),
     "H200": (132, 233472, 232448, 52428800, 1.98, 128, 9),
+    "B200": (148, 233472, 232448, 132644864, 1.965, 128, 10),
     "A100": (108, 167936, 166912, 41943040, 1.41, 64, 8),
 }
-LEAST = 10**8  # bytes of a kind of collective worth telling of
-XLA_SHARE = 0.8  # of a described device's memory, XLA takes for the program; a real client says what it may fill
+LEAST = 10**8  # bytes of a kind of collective below which its overlap is not reported
+XLA_SHARE = 0.8  # of a described device's memory that XLA gives to the program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Compiled:
     recomputed: int
     """Instructions that the compiler repeats, beyond what `compute.remat` says, to stay within the device's memory."""
     overlapped: dict[str, float]
-    """By kind of collective, the share of its bytes that are on their way while the device may compute."""
+    """By kind of collective, the share of its bytes that may travel while the device computes."""
+    jax: str = jax.__version__
 
     @property
     def total(self) -> int:
@@ -56,20 +58,23 @@ class Compiled:
 
 
 def compile_for(config: Config, cluster: Cluster) -> Compiled:
-    """The step of `config` compiled for a cluster of NVIDIA GPUs, seen from one of them.
+    """The step of `config` compiled for a cluster of NVIDIA GPUs, as one of them runs it.
 
     Raises:
-        ConfigError: JAX's plugin for CUDA is not installed, or cannot compile the step.
+        ConfigError: JAX's plugin for CUDA is not installed or cannot compile the step, or the device is not NVIDIA's.
     """
+    require(
+        cluster.device.kind in CHIPS,
+        f"--compile is for NVIDIA GPUs ({', '.join(CHIPS)}), not for {cluster.device.kind}",
+    )
     require(
         any(_installed(plugin) for plugin in PLUGINS),
         "--compile needs XLA's compiler for NVIDIA GPUs, though no GPU: pip install -e '.[cuda13]'",
     )
-    model, device = config.model, cluster.device
-    attention = resolve(
-        config.compute.attention, model.dtype, config.compute.deterministic, "nvidia"
-    )  # not of the device here
-    config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, attention=attention))
+    compute, device = config.compute, cluster.device
+    # "auto" would be resolved for the device that is here.
+    attention = resolve(compute.attention, config.model.dtype, compute.deterministic, "nvidia")
+    config = dataclasses.replace(config, compute=dataclasses.replace(compute, attention=attention))
     topology = {"topology": f"1x{cluster.hosts}x{cluster.per_host}", "target_config": describe_chip(device)}
     try:
         devices = topologies.get_topology_desc("", "cuda", **topology).devices
@@ -88,7 +93,7 @@ def compile_for(config: Config, cluster: Cluster) -> Compiled:
 
 
 def lower_step(config: Config, mesh: Mesh, platform: str | None = None) -> Lowered:
-    """The step for a mesh of devices, real or described, as it goes to the compiler; allocates nothing."""
+    """The step for a mesh of real or described devices, ready to compile; allocates nothing."""
     state = jax.eval_shape(lambda: init_state(config))
     state = jax.tree.map(_placed, state, shardings(state, mesh))
     train = config.train
@@ -101,8 +106,8 @@ def lower_step(config: Config, mesh: Mesh, platform: str | None = None) -> Lower
 
 
 def overlapped(text: str) -> dict[str, float]:
-    """By kind of collective, the share of the bytes of its results that have a start and an end of their own, with
-    something else between them; in a compiled program as text, where every branch counts."""
+    """By kind of collective in a compiled program's text, the share of its result bytes whose start and end are
+    separate instructions with another between them; every branch counts."""
     total: dict[str, int] = defaultdict(int)
     alone: dict[str, int] = defaultdict(int)
     previous = ""
@@ -137,7 +142,7 @@ device_description_str: "NVIDIA {device.kind}"
 
 
 def _bytes(result: str) -> int:
-    """Of the arrays in a type such as (bf16[8,4]{1,0}, f32[])."""
+    """Bytes of the arrays in a type such as (bf16[8,4]{1,0}, f32[])."""
     arrays = re.findall(r"(pred|[a-z]+\d+)\[([\d,]*)\]", result)
     return sum(int(np.prod([int(axis) for axis in axes.split(",") if axis])) * _width(kind) for kind, axes in arrays)
 
@@ -149,7 +154,7 @@ def _width(kind: str) -> int:
 def _installed(plugin: str) -> bool:
     try:
         return find_spec(plugin) is not None
-    except ModuleNotFoundError:  # of its parent
+    except ModuleNotFoundError:  # its parent's
         return False
 
 
