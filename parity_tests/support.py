@@ -23,7 +23,7 @@ from jax_huginn.config.schema import Config
 from jax_huginn.interop.model_config import model_config
 from jax_huginn.interop.names import to_torch
 from jax_huginn.model import moe
-from jax_huginn.model.huginn import HuginnOutput, MoEHuginnModel, abstract_model
+from jax_huginn.model.huginn import HuginnOutput, MoEHuginnModel, TrainingLoss, abstract_model
 from tests.support import small_config
 from torch_reference.model import MoEHuginnOutput, RoutingStatistics
 
@@ -97,7 +97,7 @@ class Pair:
         """(tokens, labels, n, s_0) -> output by the explicit `num_steps=(n, k)`; compiled once for all n."""
         return functools.partial(_forward(self, k), self.params)
 
-    def training(self) -> Callable[..., tuple[HuginnOutput, Any]]:
+    def training(self) -> Callable[..., tuple[TrainingLoss, Any]]:
         """(tokens, labels, n, k, s_0) -> output, gradients of `training_loss`; compiled once for all n and k."""
         return functools.partial(_training(self), self.params)
 
@@ -118,15 +118,15 @@ def _training(pair: Pair) -> Callable:
     return jit(with_gradients(lambda params, *inputs: pair.model(params).training_loss(*inputs)))
 
 
-def with_gradients(function: Callable[..., HuginnOutput]) -> Callable[..., tuple[HuginnOutput, Any]]:
+def with_gradients(function: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
     """(params, ...) -> output and the gradients of its loss with respect to `params`."""
 
-    def loss(params: Any, *inputs: Any) -> tuple[jax.Array, HuginnOutput]:
+    def loss(params: Any, *inputs: Any) -> tuple[jax.Array, Any]:
         output = function(params, *inputs)
         assert output.loss is not None
         return output.loss, output
 
-    def run(params: Any, *inputs: Any) -> tuple[HuginnOutput, Any]:
+    def run(params: Any, *inputs: Any) -> tuple[Any, Any]:
         (_, output), gradients = jax.value_and_grad(loss, has_aux=True)(params, *inputs)
         return output, gradients
 
@@ -222,7 +222,7 @@ def run_torch(twin: torch_reference.MoEHuginnModel, batch: Batch, n: int, k: int
     """The same names as `run_jax`."""
     output, gradients = torch_step(twin, batch, n, k)
     training = values_of(output, "training ")
-    del training["training logits"]
+    del training["training logits"], training["training latents"]
     return {**training, **values_of(torch_forward(twin, batch, n + k - 1, 1), "explicit "), **gradients}
 
 
@@ -246,17 +246,19 @@ def jax_gradients(gradients: Any) -> Tensors:
     return in_forward_order({name: np.asarray(value) for name, value in to_torch(gradients)})
 
 
-def values_of(output: HuginnOutput | MoEHuginnOutput, prefix: str = "") -> Tensors:
+def values_of(output: HuginnOutput | TrainingLoss | MoEHuginnOutput, prefix: str = "") -> Tensors:
     """The forward pass's results by name, in its order; integers are compared exactly."""
     values: dict[str, Any] = {}
     if output.moe is not None:
         values |= {f"moe.{name}": value for name, value in routing_values(output.moe).items()}
-    if isinstance(output, HuginnOutput):
+    if isinstance(output, (HuginnOutput, TrainingLoss)):
         residual, relative = output.recurrence["recurrent_residual"], output.recurrence["rel_residual"]
     else:
         residual, relative = output.recurrent_residual, output.recurrent_residual / output.state_norm
-    values |= {"recurrent_residual": residual, "rel_residual": relative, "latents": output.latents}
-    values |= {"logits": output.logits, "log_ppl": output.log_ppl, "loss": output.loss}
+    values |= {"recurrent_residual": residual, "rel_residual": relative}
+    if not isinstance(output, TrainingLoss):
+        values |= {"latents": output.latents, "logits": output.logits}
+    values |= {"log_ppl": output.log_ppl, "loss": output.loss}
     return {prefix + name: array_of(value) for name, value in values.items() if value is not None}
 
 

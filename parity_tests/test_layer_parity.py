@@ -41,7 +41,7 @@ def check_block_part(kind: str, dtype: str, part: str, *, rope: bool) -> None:
     pair = make_pair(kind, dtype)
     layer, twin = pair.model().prelude[0], pair.twin.transformer["prelude"][0]
     layer, twin = (getattr(layer, part), getattr(twin, part)) if part else (layer, twin)
-    constants = (pair.model().rope(64),) if rope else ()
+    constants = (pair.model().positions(64),) if rope else ()
     suffix = f".{part}" if part else ""
     x = [inputs(dtype)]
     ours = layer_gradients(layer, x, PRELUDE + suffix, *constants)
@@ -117,7 +117,7 @@ def test_moe_agrees(dtype):
 def test_sandwich_block_with_a_moe_agrees(dtype):
     pair = make_pair("core", dtype)
     x = [inputs(dtype)]
-    ours = layer_gradients(pair.model().core[0], x, "core.0", pair.model().rope(64))
+    ours = layer_gradients(pair.model().core[0], x, "core.0", pair.model().positions(64))
     twin = pair.twin.transformer["core_block"][0]
     check_layer(ours, twin_layer_gradients(twin, x, "transformer.core_block.0"), dtype)
 

@@ -171,7 +171,7 @@ def test_bfloat16_reroutes_few_tokens_and_no_more_than_torch():
         model = pair.model(params).cast()
         x = model.wte[...][batch.tokens] * 32**0.5
         for block in model.prelude:
-            x, _ = block(x, model.rope(64))
+            x, *_ = block(x, model.positions(64))
         return route(x.reshape(-1, 32), model.moe.router[...], 2)[0]
 
     ours = np.sort(np.asarray(jit(experts)(pair.params)))

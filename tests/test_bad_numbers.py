@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jax_huginn.model.huginn import HuginnOutput, MoEHuginnModel
+from jax_huginn.model.huginn import MoEHuginnModel, TrainingLoss
 from jax_huginn.reporting.alarms import BadNumbersError, Watch, require_finite
 from jax_huginn.training import loop
 from jax_huginn.training.depth import sample_depths
@@ -32,7 +32,7 @@ def poisonous(monkeypatch):
         loss = jnp.mean(self.wte[...][tokens_BS] ** 2)
         # The root of nothing is nothing; its derivative is infinite, and times 0 it is nan.
         root = jnp.sqrt(jnp.where((tokens_BS == POISON).any(), loss - lax.stop_gradient(loss), 1.0))
-        return HuginnOutput(None, jnp.zeros(()), loss + 0 * root, loss, None, {})
+        return TrainingLoss(loss + 0 * root, loss, None, {})
 
     monkeypatch.setattr(MoEHuginnModel, "training_loss", training_loss)
 

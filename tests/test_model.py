@@ -13,7 +13,7 @@ from jax_huginn.model import initializers
 from jax_huginn.model.huginn import MoEHuginnModel
 from jax_huginn.model.moe import route
 from jax_huginn.model.parameters import cast_params
-from jax_huginn.model.recurrence import SUMMED_AT_ONCE, iterate
+from jax_huginn.model.recurrence import SUMMED_AT_ONCE, Plan, iterate
 from jax_huginn.ops.cross_entropy import token_losses
 
 
@@ -117,11 +117,12 @@ def test_a_step_written_out_waits_for_the_gradients_of_those_after_it():
     """Backwards, each step's own gradients pass a barrier, and every few steps all sums; forwards there is none."""
     steps = 2 * SUMMED_AT_ONCE
 
-    def core(params, injected, state):
+    def core(inputs, state):
+        params, injected = inputs
         return jnp.tanh(state * params + injected), None
 
     def final(params, injected, state):
-        return iterate(core, params, injected, state, 0, steps, steps, lambda step: step, True).state_BSD.sum()
+        return iterate(core, (params, injected), state, 0, steps, Plan(steps, lambda step: step, True)).state_BSD.sum()
 
     inputs = jnp.ones(()), jnp.ones((1, 2, 3)), jnp.ones((1, 2, 3))
     forward, backward = (jax.jit(f).lower(*inputs).as_text() for f in (final, jax.grad(final, argnums=(0, 1))))

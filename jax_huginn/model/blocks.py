@@ -1,9 +1,10 @@
 """The dense parts: norm, attention, gated MLP and the sandwich block (arXiv 2502.05171, section 3.2).
 
-Shapes: B batch, S sequence, D width, H heads, G key/value heads, K head width, F MLP hidden width.
-Modules hold parameters in `model.param_dtype`; the model casts them to `model.dtype` before it runs, so the
-code here computes in whatever type its inputs have.
+Modules hold parameters in `model.param_dtype`; the model casts them to `model.dtype` before it runs, so the code here
+computes in the type of its inputs.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,21 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jax_huginn.config.schema import Config
 from jax_huginn.model import initializers
+from jax_huginn.model.cache import KV
 from jax_huginn.model.moe import MoE, Routing
-from jax_huginn.ops.attention import causal_attention
+from jax_huginn.ops.attention import cached_attention, causal_attention
 from jax_huginn.ops.norm import rms_norm
-from jax_huginn.ops.rope import apply_rope
+from jax_huginn.ops.rope import apply_rope, rope_table
 from jax_huginn.ops.swiglu import swiglu
+
+
+class Positions(NamedTuple):
+    """Where the tokens of a call lie in their sequences."""
+
+    angles: jax.Array
+    """Rotary angles, (S,J,2) or, by row, (B,S,J,2)."""
+    index_BS: jax.Array | None
+    """Positions counted from 0, wherever there is a cache. Beyond its end lies a token that is not written to it."""
 
 
 class RMSNorm(nnx.Module):
@@ -42,25 +53,56 @@ class Attention(nnx.Module):
         shape = (heads * head_dim, model.width)
         self.w_out = nnx.Param(initializers.output_projection(config)(rngs.params(), shape, dtype))
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.rope_base = model.rope_base
         self.implementation, self.deterministic = config.compute.attention, config.compute.deterministic
 
-    def __call__(self, x_BSD: jax.Array, rope_SK2: jax.Array) -> jax.Array:
-        q, k, v = self.project(x_BSD, rope_SK2)
-        y_BSHK = causal_attention(q, k, v, self.implementation, self.deterministic)
-        return checkpoint_name(y_BSHK.reshape(*x_BSD.shape[:2], -1) @ self.w_out[...], "matmul")
+    def __call__(
+        self, x_BSD: jax.Array, at: Positions, kv: KV | None = None, slot: int | jax.Array = 0
+    ) -> tuple[jax.Array, KV | None]:
+        """The output (B,S,D), and the cache, if there is one, with these tokens' keys and values in a slot."""
+        q_BSHK, k_BSGK, v_BSGK = self.project(x_BSD)
+        q_bias, k_bias = self.qk_bias[...]
+        q_BSHK = apply_rope(q_BSHK + q_bias, at.angles)
+        if kv is None:
+            # The bias has a row per query head, for keys too, so they are copied to all heads before it is added.
+            k_BSHK = apply_rope(self.to_all_heads(k_BSGK) + k_bias, at.angles)
+            y_BSHK = self.causal(q_BSHK, k_BSHK, v_BSGK)
+        else:
+            y_BSHK, kv = self.cached(q_BSHK, k_BSGK, v_BSGK, k_bias, at, kv, slot)
+        return checkpoint_name(y_BSHK.reshape(*x_BSD.shape[:2], -1) @ self.w_out[...], "matmul"), kv
 
-    def project(self, x_BSD: jax.Array, rope_SK2: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries and keys, biased and turned, and values; each (B,S,H,K)."""
+    def project(self, x_BSD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries (B,S,H,K), keys and values (B,S,G,K), without bias and position."""
         batch, length, _ = x_BSD.shape
         fused = checkpoint_name(x_BSD @ self.w_qkv[...], "matmul")
         edges = (self.heads * self.head_dim, (self.heads + self.kv_heads) * self.head_dim)
         q, k, v = (part.reshape(batch, length, -1, self.head_dim) for part in jnp.split(fused, edges, axis=-1))
-        repeats = self.heads // self.kv_heads
-        if repeats > 1:
-            # Before the bias: qk_bias has a row per query head, also for keys.
-            k, v = jnp.repeat(k, repeats, axis=2), jnp.repeat(v, repeats, axis=2)
-        q_bias, k_bias = self.qk_bias[...]
-        return apply_rope(q + q_bias, rope_SK2), apply_rope(k + k_bias, rope_SK2), v
+        return q, k, v
+
+    def cached(self, q_BSHK, k_BSGK, v_BSGK, k_bias_1HK, at: Positions, kv: KV, slot) -> tuple[jax.Array, KV]:
+        """Attention over the cache once these tokens are in it.
+
+        With a key head per query head the cache holds rope(k + bias). With fewer it holds rope(k) and the bias is
+        added when it is read, which is the same since a rotation is linear.
+        """
+        grouped, bias_LHK = self.kv_heads < self.heads, None
+        k_BSGK = apply_rope(k_BSGK if grouped else k_BSGK + k_bias_1HK, at.angles)
+        kv = kv.write(slot, at.index_BS, k_BSGK, v_BSGK)
+        k_BLGK, v_BLGK = kv.read(slot)
+        if grouped:
+            angles_LJ2 = jnp.asarray(rope_table(kv.length, self.head_dim, self.rope_base))
+            bias_LHK = apply_rope(jnp.broadcast_to(k_bias_1HK, (1, kv.length, *k_bias_1HK.shape[1:])), angles_LJ2)[0]
+        if q_BSHK.shape[1] == kv.length:  # every position of the cache asks: the kernels of a whole sequence serve
+            k_BLHK = self.to_all_heads(k_BLGK) if bias_LHK is None else self.to_all_heads(k_BLGK) + bias_LHK
+            return self.causal(q_BSHK, k_BLHK, v_BLGK), kv
+        return cached_attention(q_BSHK, k_BLGK, v_BLGK, at.index_BS, bias_LHK), kv
+
+    def causal(self, q_BSHK: jax.Array, k_BSHK: jax.Array, v_BSGK: jax.Array) -> jax.Array:
+        return causal_attention(q_BSHK, k_BSHK, self.to_all_heads(v_BSGK), self.implementation, self.deterministic)
+
+    def to_all_heads(self, x_BSGK: jax.Array) -> jax.Array:
+        copies = self.heads // self.kv_heads
+        return jnp.repeat(x_BSGK, copies, axis=2) if copies > 1 else x_BSGK
 
 
 class GatedMLP(nnx.Module):
@@ -77,18 +119,25 @@ class GatedMLP(nnx.Module):
 
 
 class SandwichBlock(nnx.Module):
-    """`x = norm_2(attn(norm_1(x)) + x); x = norm_4(mlp(norm_3(x)) + x)`; a MoE may stand in the MLP's place."""
+    """`x = norm_2(attn(norm_1(x)) + x); x = norm_4(mlp(norm_3(x)) + x)`, with a MoE in place of the MLP if asked."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs, *, moe: bool = False):
         self.norm_1, self.norm_2, self.norm_3, self.norm_4 = (RMSNorm(config) for _ in range(4))
         self.attn = Attention(config, rngs)
-        if moe:
-            self.moe = MoE(config, rngs)
-        else:
-            self.mlp = GatedMLP(config, rngs)
+        self.moe: MoE | None = MoE(config, rngs) if moe else None
+        self.mlp: GatedMLP | None = None if moe else GatedMLP(config, rngs)
 
-    def __call__(self, x_BSD: jax.Array, rope_SK2: jax.Array) -> tuple[jax.Array, Routing | None]:
-        x_BSD = self.norm_2(self.attn(self.norm_1(x_BSD), rope_SK2) + x_BSD)
-        normed = self.norm_3(x_BSD)
-        y_BSD, routing = self.moe(normed) if hasattr(self, "moe") else (self.mlp(normed), None)
-        return self.norm_4(y_BSD + x_BSD), routing
+    def __call__(
+        self, x_BSD: jax.Array, at: Positions, kv: KV | None = None, slot: int | jax.Array = 0
+    ) -> tuple[jax.Array, Routing | None, KV | None]:
+        """The output (B,S,D), the routing statistics of a MoE, and the cache as attention left it."""
+        y_BSD, kv = self.attn(self.norm_1(x_BSD), at, kv, slot)
+        x_BSD = self.norm_2(y_BSD + x_BSD)
+        y_BSD, routing = self.feed_forward(self.norm_3(x_BSD))
+        return self.norm_4(y_BSD + x_BSD), routing, kv
+
+    def feed_forward(self, x_BSD: jax.Array) -> tuple[jax.Array, Routing | None]:
+        if self.moe is not None:
+            return self.moe(x_BSD)
+        assert self.mlp is not None
+        return self.mlp(x_BSD), None

@@ -1,16 +1,16 @@
 """MoE-Huginn: prelude, Mixture of Experts at the injection, recurrent core, coda, tied head (arXiv 2502.05171).
 
-Shapes: B batch, S sequence, D width, V vocabulary.
-
     e      = wte[tokens] * sqrt(D);  e = prelude(e);  e = norm_moe(moe(e))
     s_i    = core(adapter(concat[s_{i-1}, e])),  i = 1..n+k
     logits = norm_f(coda(norm_f(s))) @ wte.T
+
+Training, validation, scoring and decoding share four verbs: `inject`, `recur`, `read_out`, and `head` or `loss`.
 """
 
 import dataclasses
 import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,50 +18,77 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_huginn.config.schema import Config
-from jax_huginn.model import initializers, remat
-from jax_huginn.model.blocks import RMSNorm, SandwichBlock
+from jax_huginn.model import functional, initializers, remat
+from jax_huginn.model.blocks import Positions, RMSNorm, SandwichBlock
+from jax_huginn.model.cache import KV, Cache
 from jax_huginn.model.moe import MoE, Routing
 from jax_huginn.model.parameters import cast_params
-from jax_huginn.model.recurrence import Depth, iterate
+from jax_huginn.model.recurrence import Depth, Plan, iterate
 from jax_huginn.model.sharding import gathered
+from jax_huginn.model.statistics import recurrence_statistics
 from jax_huginn.ops.cross_entropy import IGNORE, cross_entropy
 from jax_huginn.ops.norm import at_least_float32
 from jax_huginn.ops.rope import rope_table
-from jax_huginn.parallel.mesh import batch_mean, batch_sum
+from jax_huginn.parallel.mesh import batch_sum
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainingLoss:
+    """The loss of a batch and the statistics that are logged with it."""
+
+    loss: jax.Array
+    """log_ppl plus the weighted auxiliary losses."""
+    log_ppl: jax.Array
+    """Mean cross-entropy in nats over the labels that are not -100."""
+    moe: Routing | None
+    """Routing statistics; None for a dense model. In placement "core", of the steps with gradient."""
+    recurrence: dict[str, jax.Array]
+    """Scalars of the last step: residual, relative residual, state norm, token correlations."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class HuginnOutput:
-    """What one forward pass gives."""
+    """The result of a forward pass; fields shared with `TrainingLoss` mean the same."""
 
-    logits: jax.Array | None
-    """(B,S,V), at least float32; None from `training_loss`."""
+    logits: jax.Array
+    """(B,S,V), at least float32."""
     latents: jax.Array
-    """norm_f(s_R), what the coda reads: (B,S,D)."""
+    """norm_f(s_R), the coda's input: (B,S,D)."""
     loss: jax.Array | None
-    """log_ppl plus the weighted auxiliary losses; None without labels."""
+    """None without labels, as is `log_ppl`."""
     log_ppl: jax.Array | None
-    """Mean cross-entropy in nats over the labels that are not -100."""
     moe: Routing | None
-    """Routing statistics; None for a dense model. In placement "core": of the steps with gradient."""
     recurrence: dict[str, jax.Array]
-    """Scalars about the last step: residual, relative residual, state norm, token correlations."""
+
+
+class Hidden(NamedTuple):
+    """A forward pass up to the head."""
+
+    y_BSD: jax.Array
+    """The coda's output after norm_f."""
+    latents_BSD: jax.Array
+    routing: Routing | None
+    recurrence: dict[str, jax.Array]
 
 
 class MoEHuginnModel(nnx.Module):
-    """The model as a module; `nnx.split` it to run it under plain JAX transforms.
+    """The model as a module; `functional.split` it to run it under plain JAX transforms.
+
+    `__call__` and `training_loss` compute in `model.dtype` whatever the type of the parameters. The verbs compute in
+    the type that the parameters have: `cast` them first.
 
     Args:
-        config: its sections `model`, `moe` and `recurrence` shape the model.
-        seed: of the weights; `config.train.seed` when not given.
+        config: its sections `model`, `moe`, `recurrence` and `compute` are read.
+        seed: of the weights; `config.train.seed` by default.
     """
 
     def __init__(self, config: Config, seed: int | None = None):
         model, moe = config.model, config.moe
         rngs = nnx.Rngs(config.train.seed if seed is None else seed)
         matrix = initializers.matrix(config)
-        core_moe = moe.experts > 0 and moe.placement == "core"
+        routed, injected = moe.experts > 0, moe.placement == "injection"
 
         def blocks(count: int, moe: bool = False) -> nnx.List:
             return nnx.List([SandwichBlock(config, rngs, moe=moe) for _ in range(count)])
@@ -69,13 +96,14 @@ class MoEHuginnModel(nnx.Module):
         self.config = config
         self.wte = nnx.Param(matrix(rngs.params(), (model.vocab_size, model.width), model.param_dtype))
         self.prelude = blocks(model.prelude_layers)
-        if moe.experts > 0 and moe.placement == "injection":
-            self.moe = MoE(config, rngs)
-            self.norm_moe = RMSNorm(config)
+        self.moe: MoE | None = MoE(config, rngs) if routed and injected else None
+        self.norm_moe: RMSNorm | None = RMSNorm(config) if routed and injected else None
         self.adapter = nnx.Param(matrix(rngs.params(), (2 * model.width, model.width), model.param_dtype))
-        self.core = blocks(model.core_layers, moe=core_moe)
+        self.core = blocks(model.core_layers, moe=routed and not injected)
         self.coda = blocks(model.coda_layers)
         self.norm_f = RMSNorm(config)
+
+    # ---- A whole forward pass ---------------------------------------------------------------------------------------
 
     def __call__(
         self,
@@ -89,159 +117,182 @@ class MoEHuginnModel(nnx.Module):
         Args:
             tokens_BS: int32 (B,S), S at most `model.max_length`.
             num_steps: (n, k): n recurrences without and k with gradient; n may be traced, k is static. Default: the
-                mean depth, of it `recurrence.backprop_depth` with gradient.
+                mean depth, `recurrence.gradient_steps` of it with gradient.
             initial_state: s_0, (B,S,D) or broadcastable. Default: `initializers.fixed_state` of seed 0, the same for
                 every row and batch, so that scores are reproducible.
             labels: (B,S), the next token at every position already; -100 is ignored.
         """
         recurrence = self.config.recurrence
-        if num_steps is None:
-            num_steps = (
-                max(recurrence.mean - recurrence.backprop_depth, 0),
-                min(recurrence.mean, recurrence.backprop_depth),
-            )
+        n, k = num_steps or (recurrence.mean - recurrence.gradient_steps, recurrence.gradient_steps)
         if initial_state is None:
             initial_state = jnp.asarray(initializers.fixed_state(0, tokens_BS.shape[1], self.config.model.width))
-        n, k = num_steps
         model = self.cast()
-        output, y_BSD = model.hidden(tokens_BS, n, k, initial_state)
-        logits = (y_BSD @ model.wte[...].T).astype(at_least_float32(y_BSD.dtype))
-        output = dataclasses.replace(output, logits=logits)
-        return output if labels is None else model.with_loss(output, y_BSD, labels)
+        hidden = model.hidden(tokens_BS, n, k, initial_state)
+        logits = model.head(hidden.y_BSD)
+        loss, log_ppl = (None, None) if labels is None else model.loss(hidden.y_BSD, labels, hidden.routing)
+        return HuginnOutput(logits, hidden.latents_BSD, loss, log_ppl, hidden.routing, hidden.recurrence)
 
     def training_loss(
         self, tokens_BS: jax.Array, labels_BS: jax.Array, n: Depth, k: Depth, initial_state: jax.Array
-    ) -> HuginnOutput:
-        """The loss at a sampled depth, without logits. Where k is traced, one compilation serves every k of at least 1
-        and at most `recurrence.backprop_depth`; it recomputes whole recurrences whatever `compute.remat` says.
+    ) -> TrainingLoss:
+        """The loss at a given depth, without logits.
 
-        Parameters must already be in the compute type (`cast`), so that gradients can be taken with respect to them.
+        Where k is traced, one compilation serves every k from 1 to `recurrence.backprop_depth`; it recomputes whole
+        recurrences whatever `compute.remat` says. A static k of 0 serves validation.
         """
-        output, y_BSD = self.hidden(tokens_BS, n, k, initial_state)
-        return self.with_loss(output, y_BSD, labels_BS)
+        model = self.cast()
+        hidden = model.hidden(tokens_BS, n, k, initial_state)
+        loss, log_ppl = model.loss(hidden.y_BSD, labels_BS, hidden.routing)
+        return TrainingLoss(loss, log_ppl, hidden.routing, hidden.recurrence)
 
     def cast(self) -> "MoEHuginnModel":
         """A view of the model whose parameters are in `model.dtype`, see `cast_params`."""
-        graphdef, params = nnx.split(self)
-        return nnx.merge(graphdef, cast_params(nnx.as_pure(params), self.config.model.dtype))
+        return functional.with_params(self, cast_params(functional.params_of(self), self.config.model.dtype))
 
-    def embed(self, tokens_BS: jax.Array) -> tuple[jax.Array, Routing | None]:
-        """e, the embedding that every recurrence receives: prelude, then the MoE where it is placed here."""
-        rope_SK2 = self.rope(tokens_BS.shape[1])
+    def hidden(self, tokens_BS: jax.Array, n: Depth, k: Depth, initial_state: jax.Array) -> Hidden:
+        """Everything up to the head, without a cache."""
+        at = self.positions(tokens_BS.shape[1])
+        model = self._with_whole_core()
+        injected_BSD, routing, _ = model.inject(tokens_BS, at)
+        state_BSD = jnp.broadcast_to(initial_state, injected_BSD.shape).astype(injected_BSD.dtype)
+
+        def step(inputs: Any, state_BSD: jax.Array) -> tuple[jax.Array, Routing | None]:
+            weights, injected_BSD = inputs
+            state_BSD, routing, _ = model.recur(injected_BSD, state_BSD, at, weights=weights)
+            return state_BSD, routing
+
+        inputs = model.recurrent_weights(), injected_BSD
+        plan = Plan(self.config.recurrence.backprop_depth, self._checkpoint, self.config.compute.unroll)
+        last = iterate(step, inputs, state_BSD, n, k, plan)
+        latents_BSD, y_BSD, _ = self.read_out(last.state_BSD, at)
+        routing = last.routing if routing is None else routing
+        statistics = recurrence_statistics(last.state_BSD, y_BSD, last.residual)
+        return Hidden(y_BSD, latents_BSD, routing, statistics)
+
+    # ---- The verbs --------------------------------------------------------------------------------------------------
+
+    def positions(self, index: int | jax.Array) -> Positions:
+        """The first `index` positions, or those of an integer array (B,S), to be passed to the verbs.
+
+        Angles are in at least float32.
+        """
+        model = self.config.model
+        length = index if isinstance(index, int) else model.max_length
+        if length > model.max_length:
+            raise ValueError(f"sequence of {length} tokens is longer than model.max_length={model.max_length}")
+        table = jnp.asarray(rope_table(length, model.head_dim, model.rope_base), at_least_float32(model.dtype))
+        if isinstance(index, int):
+            return Positions(table, jnp.arange(length)[None])
+        return Positions(table.at[index].get(mode="clip"), index)
+
+    def inject(
+        self, tokens_BS: jax.Array, at: Positions, cache: Cache | None = None
+    ) -> tuple[jax.Array, Routing | None, Cache | None]:
+        """What every recurrence receives of the tokens: prelude, the MoE placed here, the adapter's lower half.
+
+        concat[s, e] @ adapter = s @ upper half + e @ lower half, and the second term is the same in every recurrence.
+        """
         routing = None
         with jax.named_scope("prelude"):
             e_BSD = self._whole("wte")[tokens_BS] * math.sqrt(self.config.model.width)
-            for block in self.prelude:
-                e_BSD, _ = self._remat(block)(e_BSD, rope_SK2)
-        if hasattr(self, "moe"):
+            e_BSD, kept = self._through(self.prelude, e_BSD, at, cache and cache.prelude)
+        if self.moe is not None and self.norm_moe is not None:
             with jax.named_scope("moe"):
                 moe_BSD, routing = self._remat(self.moe)(e_BSD)
                 e_BSD = self.norm_moe(e_BSD + moe_BSD if self.config.moe.residual else moe_BSD)
-        return e_BSD, routing
-
-    def hidden(
-        self, tokens_BS: jax.Array, n: Depth, k: Depth, initial_state: jax.Array
-    ) -> tuple[HuginnOutput, jax.Array]:
-        """Everything up to the head: the output without logits and loss, and the coda's normed answer (B,S,D)."""
-        e_BSD, routing = self.embed(tokens_BS)
-        rope_SK2 = self.rope(tokens_BS.shape[1])
-        state_BSD = jnp.broadcast_to(initial_state, e_BSD.shape).astype(e_BSD.dtype)
-
-        # concat[s, e] @ adapter = s @ upper half + e @ lower half, and the latter is the same in every recurrence.
-        width = self.config.model.width
-        adapter = self._whole("adapter")
-        state_half_DD, e_half_DD = adapter[:width], adapter[width:]
         with jax.named_scope("adapter"):
-            injected_BSD = e_BSD @ e_half_DD
+            injected_BSD = e_BSD @ self.adapter[...][self.config.model.width :]
+        return injected_BSD, routing, cache and cache._replace(prelude=kept)
 
-        # The core as a function of its parameters, so that the steps without gradient can run on frozen ones.
-        graphdef, core_params = nnx.split(self.core)
+    def recur(
+        self,
+        injected_BSD: jax.Array,
+        state_BSD: jax.Array,
+        at: Positions,
+        cache: Cache | None = None,
+        slot: int | jax.Array = 0,
+        weights: Any = None,
+    ) -> tuple[jax.Array, Routing | None, Cache | None]:
+        """One recurrence: the adapter and the core.
 
-        def core(params: Any, injected_BSD: jax.Array, state_BSD: jax.Array) -> tuple[jax.Array, Routing | None]:
-            state_half_DD, core_params = params
-            routings = []
-            with jax.named_scope("adapter"):
-                x_BSD = checkpoint_name(state_BSD @ state_half_DD, "matmul") + injected_BSD
-            with jax.named_scope("core"):
-                for block in nnx.merge(graphdef, core_params):
-                    x_BSD, seen = block(x_BSD, rope_SK2)
-                    routings.append(seen)
-            return x_BSD, None if routings[0] is None else Routing.combine(routings)
+        Args:
+            slot: of the cache, where this recurrence's keys and values are written and then read.
+            weights: as `recurrent_weights` gives them, for a caller that differentiates or freezes them on its own.
+        """
+        state_half_DD, core = weights or self.recurrent_weights()
+        routings, kept = [], []
+        with jax.named_scope("adapter"):
+            x_BSD = checkpoint_name(state_BSD @ state_half_DD, "matmul") + injected_BSD
+        with jax.named_scope("core"):
+            blocks = functional.with_params(self.core, core)
+            for block, kv in zip(blocks, _caches(cache and cache.core, len(blocks)), strict=True):
+                x_BSD, seen, kv = block(x_BSD, at, kv, slot)
+                routings.append(seen)
+                kept.append(kv)
+        routing = None if routings[0] is None else Routing.combine(routings)
+        return x_BSD, routing, cache and cache._replace(core=tuple(kept))
 
-        params = (state_half_DD, gathered(nnx.as_pure(core_params)))  # once for all recurrences
-        most, unroll = self.config.recurrence.backprop_depth, self.config.compute.unroll
-        recurrence = iterate(core, params, injected_BSD, state_BSD, n, k, most, self._checkpoint, unroll)
+    def recurrent_weights(self) -> Any:
+        """What `recur` computes with: the adapter's upper half, which reads the state, and the core's parameters."""
+        return self.adapter[...][: self.config.model.width], functional.params_of(self.core)
+
+    def read_out(
+        self, state_BSD: jax.Array, at: Positions, cache: Cache | None = None
+    ) -> tuple[jax.Array, jax.Array, Cache | None]:
+        """The latents norm_f(s) and the coda's output after norm_f, (B,S,D) each."""
         with jax.named_scope("coda"):
-            latents_BSD = y_BSD = self.norm_f(recurrence.state_BSD)
-            for block in self.coda:
-                y_BSD, _ = self._remat(block)(y_BSD, rope_SK2)
+            latents_BSD = self.norm_f(state_BSD)
+            y_BSD, kept = self._through(self.coda, latents_BSD, at, cache and cache.coda)
             y_BSD = self.norm_f(y_BSD)
-        output = HuginnOutput(
-            logits=None,
-            latents=latents_BSD,
-            loss=None,
-            log_ppl=None,
-            moe=routing if routing is not None else recurrence.routing,
-            recurrence=_recurrence_statistics(recurrence.state_BSD, y_BSD, recurrence.residual),
-        )
-        return output, y_BSD
+        return latents_BSD, y_BSD, cache and cache._replace(coda=kept)
 
-    def with_loss(self, output: HuginnOutput, y_BSD: jax.Array, labels_BS: jax.Array) -> HuginnOutput:
-        """The output with `log_ppl` and `loss` filled in."""
+    def head(self, y_BSD: jax.Array) -> jax.Array:
+        """Logits (B,S,V) in at least float32."""
+        return (y_BSD @ self._whole("wte").T).astype(at_least_float32(y_BSD.dtype))
+
+    def loss(self, y_BSD: jax.Array, labels_BS: jax.Array, routing: Routing | None) -> tuple[jax.Array, jax.Array]:
+        """The loss with its auxiliaries, and log_ppl, over all devices; the full logits never exist."""
         with jax.named_scope("head"):
             mean = jnp.asarray(cross_entropy(y_BSD, self._whole("wte"), labels_BS, self.config.compute.loss_chunk))
             counted = jnp.sum(labels_BS != IGNORE).astype(mean.dtype)
             log_ppl = batch_sum(mean * (counted / jnp.maximum(batch_sum(counted), 1)))
-        loss = log_ppl
-        if output.moe is not None:
-            moe = self.config.moe
-            loss = loss + moe.balance_weight * output.moe.balance_loss + moe.z_weight * output.moe.z_loss
-        return dataclasses.replace(output, log_ppl=log_ppl, loss=loss)
+        if routing is None:
+            return log_ppl, log_ppl
+        moe = self.config.moe
+        return log_ppl + moe.balance_weight * routing.balance_loss + moe.z_weight * routing.z_loss, log_ppl
 
-    def rope(self, length: int) -> jax.Array:
-        """Rotary angles of the first `length` positions, in at least float32."""
-        model = self.config.model
-        if length > model.max_length:
-            raise ValueError(f"sequence of {length} tokens is longer than model.max_length={model.max_length}")
-        return jnp.asarray(rope_table(length, model.head_dim, model.rope_base), at_least_float32(model.dtype))
+    # ---- Plumbing ---------------------------------------------------------------------------------------------------
+
+    def _through(
+        self, blocks: nnx.List, x_BSD: jax.Array, at: Positions, caches: tuple[KV, ...] | None
+    ) -> tuple[jax.Array, tuple[KV, ...]]:
+        kept = []
+        for block, kv in zip(blocks, _caches(caches, len(blocks)), strict=True):
+            x_BSD, _, kv = self._remat(block)(x_BSD, at, kv)
+            kept.append(kv)
+        return x_BSD, tuple(kept)
 
     def _checkpoint(self, function):
         return jax.checkpoint(function, policy=remat.POLICIES[self.config.compute.remat])
 
     def _remat(self, module: nnx.Module):
         """The module as a function whose backward pass recomputes what `compute.remat` says."""
-        graphdef, params = nnx.split(module)
-        run = self._checkpoint(lambda params, *inputs: nnx.merge(graphdef, gathered(params))(*inputs))
-        return partial(run, nnx.as_pure(params))
+        run = self._checkpoint(lambda params, *inputs: functional.with_params(module, gathered(params))(*inputs))
+        return partial(run, functional.params_of(module))
 
     def _whole(self, name: str) -> jax.Array:
         return gathered({name: getattr(self, name)[...]})[name]
 
+    def _with_whole_core(self) -> "MoEHuginnModel":
+        """A view of the model whose adapter and core are gathered, once for all recurrences."""
+        params = functional.params_of(self)
+        return functional.with_params(self, params | gathered({name: params[name] for name in ("adapter", "core")}))
+
+
+def _caches(caches: tuple[KV, ...] | None, blocks: int) -> tuple[KV | None, ...]:
+    return (None,) * blocks if caches is None else caches
+
 
 def abstract_model(config: Config) -> tuple[nnx.GraphDef, Any]:
     """The model's structure and the shapes of its parameters, without allocating any."""
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: MoEHuginnModel(config)))
-    return graphdef, nnx.as_pure(params)
-
-
-def _recurrence_statistics(state_BSD: jax.Array, y_BSD: jax.Array, residual: jax.Array) -> dict[str, jax.Array]:
-    state, y = (jax.lax.stop_gradient(x).astype(at_least_float32(x.dtype)) for x in (state_BSD, y_BSD))
-    norm = batch_mean(jnp.linalg.norm(state, axis=-1).mean())
-    residual = batch_mean(residual)
-    return {
-        "recurrent_residual": residual,
-        "rel_residual": residual / norm,
-        "recurrent_state_norm": norm,
-        "recurrent_state_token_corr": batch_mean(_token_correlation(state)),
-        "last_hidden_token_corr": batch_mean(_token_correlation(y)),
-    }
-
-
-def _token_correlation(x_BSD: jax.Array) -> jax.Array:
-    """Mean correlation of a sequence's tokens, their own excluded: near 1 the state has collapsed (public code).
-
-    The mean of all pairwise products of unit vectors is the squared norm of their mean.
-    """
-    x_BSD = x_BSD - x_BSD.mean(axis=-1, keepdims=True)
-    x_BSD = x_BSD / jnp.maximum(jnp.linalg.norm(x_BSD, axis=-1, keepdims=True), 1e-30)
-    return jnp.mean(jnp.sum(x_BSD.mean(axis=1) ** 2, axis=-1)) - 1 / x_BSD.shape[1]
+    return functional.split(nnx.eval_shape(lambda: MoEHuginnModel(config)))

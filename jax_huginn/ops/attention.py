@@ -1,7 +1,6 @@
-"""Causal attention: one signature, the library's kernels, and a plain einsum as their oracle.
+"""Attention: causal over a whole sequence by the library's kernels, or of new tokens over a cache; oracles of both.
 
-Shapes: B batch, S sequence, H heads, K head width. Keys and values come already repeated to H heads, since
-Huginn's qk_bias is added after the repeat.
+Shapes as in `jax_huginn.model`: B batch, S sequence, L positions of a cache, H query heads, G key heads, K head width.
 """
 
 from typing import Literal, cast
@@ -42,6 +41,41 @@ def causal_attention(
         kernel = cast(Literal["xla", "cudnn"], implementation)
         y_BSHK = jax.nn.dot_product_attention(q_BSHK, k_BSHK, v_BSHK, is_causal=True, implementation=kernel)
     return checkpoint_name(y_BSHK, "attention")
+
+
+def cached_attention_oracle(
+    q_BSHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array, index_BS: jax.Array, k_bias_LHK: jax.Array | None = None
+) -> jax.Array:
+    """`cached_attention` with keys and values copied to all H heads and an explicit mask."""
+    dtype = at_least_float32(q_BSHK.dtype)
+    copies = q_BSHK.shape[2] // k_BLGK.shape[2]
+    k_BLHK, v_BLHK = (jnp.repeat(x, copies, axis=2) for x in (k_BLGK, v_BLGK))
+    k_BLHK = k_BLHK if k_bias_LHK is None else k_BLHK + k_bias_LHK
+    scores = jnp.einsum("bshk,blhk->bhsl", q_BSHK, k_BLHK, preferred_element_type=dtype) * q_BSHK.shape[-1] ** -0.5
+    visible_BSL = jnp.arange(k_BLGK.shape[1]) <= index_BS[:, :, None]
+    weights = jax.nn.softmax(jnp.where(visible_BSL[:, None], scores, -jnp.inf), axis=-1).astype(v_BLGK.dtype)
+    return jnp.einsum("bhsl,blhk->bshk", weights, v_BLHK)
+
+
+def cached_attention(
+    q_BSHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array, index_BS: jax.Array, k_bias_LHK: jax.Array | None = None
+) -> jax.Array:
+    """Attention of queries at positions `index_BS` over cached positions up to their own, shape (B,S,H,K).
+
+    Keys and values stay at G heads: a group of H / G queries shares one key head. A bias for every query head,
+    `k_bias_LHK`, adds q . bias to the scores, so that the keys are not copied for it either.
+    """
+    dtype = at_least_float32(q_BSHK.dtype)
+    batch, length, heads, head_dim = q_BSHK.shape
+    q_BSGXK = q_BSHK.reshape(batch, length, k_BLGK.shape[2], -1, head_dim)
+    scores = jnp.einsum("bsgxk,blgk->bgxsl", q_BSGXK, k_BLGK, preferred_element_type=dtype)
+    scores = scores.reshape(batch, heads, length, -1)
+    if k_bias_LHK is not None:
+        scores += jnp.einsum("bshk,lhk->bhsl", q_BSHK, k_bias_LHK, preferred_element_type=dtype)
+    visible_BSL = jnp.arange(k_BLGK.shape[1]) <= index_BS[:, :, None]
+    scores = jnp.where(visible_BSL[:, None], scores * head_dim**-0.5, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BLGK.dtype).reshape(batch, *q_BSGXK.shape[2:4], length, -1)
+    return jnp.einsum("bgxsl,blgk->bsgxk", weights, v_BLGK).reshape(q_BSHK.shape)
 
 
 def resolve(

@@ -1,6 +1,6 @@
 """Rotary position embedding over interleaved pairs (even, odd), base 50 000 in the public configuration.
 
-Shapes: S positions, H heads, K head width, B batch.
+Shapes as in `jax_huginn.model`: B batch, S sequence, H heads, K head width, J = K / 2 pairs.
 """
 
 import functools
@@ -13,7 +13,7 @@ from jax_huginn.ops.norm import at_least_float32
 
 @functools.lru_cache(maxsize=8)
 def rope_table(length: int, head_dim: int, base: float) -> np.ndarray:
-    """cos and sin of every angle, shape (length, K/2, 2), float64.
+    """cos and sin of every angle, shape (length, J, 2), float64.
 
     The angles are formed in float64: at position 4096 a float32 product would already be off by 2e-4 radians.
     """
@@ -22,14 +22,15 @@ def rope_table(length: int, head_dim: int, base: float) -> np.ndarray:
     return np.stack([np.cos(angles), np.sin(angles)], axis=-1)
 
 
-def apply_rope(x_BSHK: jax.Array, table_SK2: jax.Array) -> jax.Array:
+def apply_rope(x_BSHK: jax.Array, angles_SJ2: jax.Array) -> jax.Array:
     """Turn the pairs (x[2i], x[2i+1]) of each head by the angles of its position.
 
-    `table_SK2` has shape (S, K/2, 2), a slice of `rope_table`. Computed in at least float32, returned as `x`'s type.
+    `angles_SJ2` holds rows of `rope_table`, (S,J,2), or (B,S,J,2) where rows have positions of their own. Computed in
+    at least float32, returned in the type of `x`.
     """
     pairs = x_BSHK.reshape(*x_BSHK.shape[:-1], -1, 2).astype(at_least_float32(x_BSHK.dtype))
-    table_SK2 = table_SK2.astype(pairs.dtype)
-    cos, sin = table_SK2[:, None, :, :1], table_SK2[:, None, :, 1:]
+    angles = angles_SJ2.astype(pairs.dtype)[..., None, :, :]
+    cos, sin = angles[..., :1], angles[..., 1:]
     # (even, odd) cos + (-odd, even) sin: a reversal of each pair, where slicing and stacking them again would be passes
     # of their own, in the gradient too.
     turned = pairs * cos + pairs[..., ::-1] * (sin * np.array([-1, 1], pairs.dtype))

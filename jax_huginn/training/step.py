@@ -16,8 +16,8 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_huginn.config.schema import Config
-from jax_huginn.model import initializers
-from jax_huginn.model.huginn import HuginnOutput, MoEHuginnModel, abstract_model
+from jax_huginn.model import functional, initializers
+from jax_huginn.model.huginn import MoEHuginnModel, TrainingLoss, abstract_model
 from jax_huginn.model.moe import Routing
 from jax_huginn.model.parameters import cast_params
 from jax_huginn.model.sharding import shardings, specs, summed_gradients
@@ -69,7 +69,7 @@ class StepMetrics:
 
 
 def init_params(config: Config) -> Any:
-    return nnx.as_pure(nnx.split(MoEHuginnModel(config))[1])
+    return functional.params_of(MoEHuginnModel(config))
 
 
 def init_state(config: Config) -> TrainState:
@@ -94,7 +94,7 @@ def make_state(config: Config, mesh: Mesh) -> TrainState:
     return jax.jit(lambda: init_state(config), out_shardings=where)()
 
 
-def make_gradient(config: Config) -> Callable[..., tuple[Any, HuginnOutput, jax.Array]]:
+def make_gradient(config: Config) -> Callable[..., tuple[Any, TrainingLoss, jax.Array]]:
     """`gradient(params, tokens_NBS, labels_NBS, n_N, k_N, index_N) -> gradients, outputs, finite_N` of one device.
 
     Parameters are this device's parts, in `model.dtype`, and so are the gradients, in at least float32, added up over
@@ -111,14 +111,12 @@ def make_gradient(config: Config) -> Callable[..., tuple[Any, HuginnOutput, jax.
     state_key = jax.random.key(config.train.seed)
     usual_k = config.recurrence.gradient_steps
 
-    def loss(params: Any, tokens_BS, labels_BS, n, k, index) -> tuple[jax.Array, HuginnOutput]:
+    def loss(params: Any, tokens_BS, labels_BS, n, k, index) -> tuple[jax.Array, TrainingLoss]:
         shape = (*tokens_BS.shape, config.model.width)
         key = jax.random.fold_in(state_key, index)
         first_row = device_index() * tokens_BS.shape[0]
         initial_state = initializers.random_state(key, shape, jnp.dtype(config.model.dtype), first_row)
         output = nnx.merge(graphdef, params).training_loss(tokens_BS, labels_BS, n, k, initial_state)
-        assert output.loss is not None
-        output = dataclasses.replace(output, latents=jnp.zeros(()))  # too large to keep
         # All devices differentiate the one loss of the batch together, so each answers for its share of it.
         return output.loss / device_count(), output
 
@@ -133,7 +131,7 @@ def make_gradient(config: Config) -> Callable[..., tuple[Any, HuginnOutput, jax.
         *_, k, _ = inputs
         return lax.cond(k == usual_k, straight, differentiate, *inputs)
 
-    def run(params: Any, *inputs_N) -> tuple[Any, HuginnOutput, jax.Array]:
+    def run(params: Any, *inputs_N) -> tuple[Any, TrainingLoss, jax.Array]:
         if micro_batches == 1:  # no second set of gradients in memory, and their norm is taken by the step
             gradients, output = gradient(params, *jax.tree.map(lambda x: x[0], inputs_N))
             outputs = jax.tree.map(lambda x: x[None], output)

@@ -35,9 +35,7 @@ def make_validation(
     def local_loss(
         params: Any, tokens_BS: jax.Array, labels_BS: jax.Array, recurrences: jax.Array, state_SD: jax.Array
     ):
-        model = nnx.merge(graphdef, params)
-        output, y_BSD = model.hidden(tokens_BS, recurrences, 0, state_SD)
-        return model.with_loss(output, y_BSD, labels_BS).log_ppl
+        return nnx.merge(graphdef, params).training_loss(tokens_BS, labels_BS, recurrences, 0, state_SD).log_ppl
 
     @jax.jit
     def mean_loss(params: Any, tokens_BS: jax.Array, labels_BS: jax.Array, recurrences: jax.Array, state_SD: jax.Array):
