@@ -308,7 +308,7 @@ LN_F, ADAPTER = "transformer.ln_f.weight", "transformer.adapter.weight"
         (set_weight(LN_F, lambda x: x.int()), "ln_f.weight is not a tensor of floating"),
         (set_weight("transformer.ln_g.weight", lambda _: torch.ones(16)), "ln_g.weight is not a tensor of this"),
         (lambda content: content["model"].pop(PREFIX + ADAPTER), f"{ADAPTER} is missing"),
-        (lambda content: content["model"].update({LN_F: torch.ones(16)}), "stands there twice"),
+        (lambda content: content["model"].update({LN_F: torch.ones(16)}), "is there twice"),
         (lambda content: content.pop("model_config"), "not a dict of 'model' and 'model_config'"),
         (lambda content: content.pop("model"), "not a dict of 'model' and 'model_config'"),
         (lambda content: content.update(model_config=None), "model_config is not a dict"),

@@ -128,7 +128,7 @@ def set_weight(name, make):
         (set_weight(LN_F, lambda x: x.int()), "ln_f.weight is not a tensor of floating"),
         (set_weight("transformer.ln_g.weight", lambda _: torch.ones(16)), "ln_g.weight is not a tensor of this"),
         (lambda content: content["model"].pop(PREFIX + ADAPTER), f"{ADAPTER} is missing"),
-        (lambda content: content["model"].update({"transformer.ln_f.weight": torch.ones(16)}), "stands there twice"),
+        (lambda content: content["model"].update({"transformer.ln_f.weight": torch.zeros(16)}), "is there twice"),
         (lambda content: content.pop("model_config"), "not a dict of 'model' and 'model_config'"),
         (lambda content: content.pop("model"), "not a dict of 'model' and 'model_config'"),
         (lambda content: content.update(model_config=None), "model_config=None must be a dict"),
@@ -143,7 +143,7 @@ def test_a_file_of_another_model_is_refused_by_name(saved, change, message):
 
 def test_missing_truncated_and_foreign_files_are_refused(saved, tmp_path):
     assert "no such file" in refusal(tmp_path / "absent.pth")
-    assert "no such file" in refusal(tmp_path)  # a folder
+    assert "nor a Hugging Face folder" in refusal(tmp_path)
     whole = saved.read_bytes()
     for size in (0, 10, len(whole) // 2, len(whole) - 40):
         (tmp_path / "cut.pth").write_bytes(whole[:size])
@@ -160,7 +160,7 @@ def test_a_file_that_would_run_code_is_refused_and_runs_nothing(tmp_path):
             return os.mkdir, (str(tmp_path / "proof"),)
 
     torch.save({"model": Malicious(), "model_config": {}}, tmp_path / "evil.pth")
-    assert "it holds more than tensors and plain values" in refusal(tmp_path / "evil.pth")
+    assert "not a dict of 'model' and 'model_config'" in refusal(tmp_path / "evil.pth")
     assert not (tmp_path / "proof").exists()
 
 
@@ -180,3 +180,116 @@ def test_saving_never_overwrites_and_leaves_no_half_file(saved, tmp_path, monkey
     with pytest.raises(OSError, match="disk full"):
         save_checkpoint(MoEHuginnModel(DENSE), tmp_path / "new.pth")
     assert os.listdir(tmp_path) == ["model.pth"]
+
+
+def test_a_bit_that_flipped_in_the_file_is_found(saved):
+    whole = bytearray(saved.read_bytes())
+    adapter = torch.load(saved, weights_only=True)["model"][PREFIX + ADAPTER]
+    whole[whole.index(adapter.numpy().tobytes()) + 7] ^= 1
+    saved.write_bytes(whole)
+    assert "damaged: the checksum of" in refusal(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (set_weight(LN_F, lambda x: x * float("nan")), f"{LN_F} holds numbers that are not finite"),
+        (set_weight(ADAPTER, lambda x: x.index_fill(0, torch.tensor(0), float("inf"))), "are not finite"),
+        (set_weight(LN_F, lambda x: x.to(torch.float8_e4m3fn)), "cannot be loaded as a checkpoint"),
+        (lambda content: content["model_config"].update(block_size=10**12), "freqs_cis has shape"),
+        (lambda content: content["model_config"].update(n_layers_in_prelude=10**9), "too few for a model of"),
+        (lambda content: content["model_config"].update(state_init="zero"), "model_config.state_init='zero'"),
+        (lambda content: content["model_config"].update(test_time_noise=0.1), "model_config.test_time_noise=0.1"),
+        (lambda content: content["model_config"].update(use_abacus=True), "model_config.use_abacus=True"),
+        (lambda content: content["model_config"].update(tie_word_embeddings=False), "tie_word_embeddings=False"),
+    ],
+)  # fmt: skip
+def test_what_would_be_another_model_or_none_is_refused(saved, change, message):
+    assert message in refusal(rewrite(saved, change))
+
+
+class Stateful:
+    """A stand-in for a tokenizer, loader or optimiser: an object with attributes, among them itself."""
+
+    def __init__(self, **attributes):
+        self.__dict__ |= attributes
+        self.me = self
+
+
+@pytest.mark.parametrize("inner", ["_forward_module.", "_forward_module.module."])
+def test_a_checkpoint_of_the_public_training_code_is_read(saved, tmp_path, inner):
+    """Every tensor twice, and objects around them."""
+    content = torch.load(saved, weights_only=True)
+    names = {name.removeprefix(PREFIX): weight for name, weight in content["model"].items()}
+    content["model"] |= {f"_orig_mod.{inner}{name}": weight for name, weight in names.items()}
+    besides = {
+        "optimizer": {"state": {0: torch.zeros(3)}, "group": Stateful(lr=0.1)},
+        "tokenizer": Stateful(path=tmp_path),
+    }
+    torch.save({**content, **besides}, tmp_path / "public.pth")
+    loaded = load_checkpoint(tmp_path / "public.pth").state_dict()
+    for name, weight in MoEHuginnModel(INJECTION).state_dict().items():
+        assert torch.equal(loaded[name], weight), name
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "model.", "_orig_mod._forward_module."])
+def test_wrappers_of_names_are_taken_off_in_both_packages(saved, prefix):
+    from jax_huginn.interop.errors import WeightsError
+    from jax_huginn.interop.pth import read_pth
+
+    def rename(content):
+        content["model"] = {prefix + name.removeprefix(PREFIX): weight for name, weight in content["model"].items()}
+
+    path = rewrite(saved, rename)
+    theirs = read_pth(path).tensors
+    for name, weight in load_checkpoint(path).state_dict().items():
+        assert torch.equal(torch.from_numpy(theirs[name].read().copy()), weight), name
+
+    def disagree(content):
+        rename(content)
+        content["model"]["_orig_mod.module." + LN_F] = content["model"][prefix + LN_F] + 1
+
+    path = rewrite(saved, disagree)
+    assert f"{LN_F} is there twice" in refusal(path)
+    with pytest.raises(WeightsError, match=f"{LN_F} is there twice"):
+        read_pth(path)
+
+
+def test_of_two_tied_tensors_one_is_enough(saved):
+    loaded = load_checkpoint(rewrite(saved, lambda content: content["model"].pop(PREFIX + "transformer.wte.weight")))
+    assert torch.equal(
+        loaded.state_dict()["transformer.wte.weight"], MoEHuginnModel(INJECTION).state_dict()["transformer.wte.weight"]
+    )
+
+
+def test_both_packages_hold_the_same_list_of_what_they_are():
+    from jax_huginn.interop import model_config
+    from torch_reference import config
+
+    assert config._ONLY_READ == model_config._ONLY_READ
+    assert config._FIXED == model_config._WRITTEN
+    assert config._FIXED_ROPE == model_config._ROPE
+
+
+def test_a_single_file_comes_before_an_old_index_in_both_packages(tmp_path):
+    """Transformers' own rule."""
+    import json
+
+    from safetensors.torch import save_file
+
+    from jax_huginn.interop.huggingface import read_huggingface
+
+    model = MoEHuginnModel(DENSE, seed=1)
+    save_file(dict(model.state_dict()), tmp_path / "model.safetensors")
+    old = {name: weight + 1 for name, weight in model.state_dict().items()}
+    save_file(old, tmp_path / "model-00001-of-00001.safetensors")
+    index = {"weight_map": dict.fromkeys(old, "model-00001-of-00001.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    described = {"model_type": "moe_huginn", **DENSE.to_model_config()}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    assert torch.equal(load_checkpoint(tmp_path).state_dict()[LN_F], model.state_dict()[LN_F])
+    assert (read_huggingface(tmp_path).tensors[LN_F].read() == model.state_dict()[LN_F].numpy()).all()
+    (tmp_path / "model.safetensors").unlink()
+    assert torch.equal(load_checkpoint(tmp_path).state_dict()[LN_F], old[LN_F])
+    (tmp_path / "config.json").write_text(json.dumps({**described, "model_type": "llama"}))
+    assert "model_type='llama' is neither" in refusal(tmp_path)

@@ -8,6 +8,7 @@ holds the same tensors without PREFIX in safetensors files, and the config, part
 
 import json
 import os
+import re
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .archive import Inert, plain, read_archive
 from .config import MoEHuginnConfig
 from .model import MoEHuginnModel, rope_tables
 
@@ -22,49 +24,93 @@ PREFIX = "_orig_mod._original_module."
 LM_HEAD, EMBEDDING, FREQUENCIES = ("lm_head.weight", "transformer.wte.weight", "freqs_cis")
 
 
+_WRAPPERS = re.compile(r"^((_orig_mod|_forward_module|_original_module|module|model)\.)+")
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_TYPES = ("huginn_raven", "moe_huginn")
+
+
 class CheckpointError(ValueError):
-    """A file that is no checkpoint of this model; its text is one line naming the file and the fault."""
+    """A file that is no checkpoint of this model; its text is one printable line naming the file and the fault."""
+
+    def __init__(self, text: str):
+        super().__init__("".join(c if c.isprintable() else "?" for c in text)[:1000])
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> MoEHuginnModel:
     """The model in the file or Hugging Face folder, on the CPU, in the file's own type, in evaluation mode.
 
-    Nothing but tensors and plain values is unpickled. Raises CheckpointError for a file that is missing, broken,
-    or of another shape or kind of model.
+    Nothing in the file runs: all but tensors and plain values is left inert. Raises CheckpointError for a file that is
+    missing, broken, not finite, or of another shape or kind of model.
     """
     path = Path(path)
-    content = _read_folder(path) if path.is_dir() else _read(path)
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict) or "model_config" not in content:
+    content = plain(_read_folder(path) if path.is_dir() else _read(path))
+    tensors = plain(content.get("model")) if isinstance(content, dict) else None
+    if not isinstance(tensors, dict) or "model_config" not in content:
         raise CheckpointError(f"{path}: not a dict of 'model' and 'model_config', so no checkpoint of this layout")
+    described = plain(content["model_config"])
+    if isinstance(described, dict) and isinstance(described.get("rope_settings"), Inert):
+        described = {**described, "rope_settings": plain(described["rope_settings"])}
     try:
-        config = MoEHuginnConfig.from_model_config(content["model_config"])
-    except ValueError as error:
+        config = MoEHuginnConfig.from_model_config(described)
+    except (ValueError, OverflowError) as error:
         raise CheckpointError(f"{path}: {error}") from None
 
-    weights: dict[str, Tensor] = {}
-    for key, value in content["model"].items():
-        name = str(key).removeprefix(PREFIX)
-        if name in weights:
-            raise CheckpointError(f"{path}: {name} stands there twice, with the prefix {PREFIX} and without")
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            raise CheckpointError(f"{path}: {name} is not a tensor of floating-point numbers")
-        weights[name] = value
-
-    _check_repeated(path, config, weights.pop(LM_HEAD, None), weights.pop(FREQUENCIES, None), weights)
-    with torch.device("meta"):  # neither memory nor time for weights that are about to be replaced
-        model = MoEHuginnModel(config, seed=None)
-    expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    weights = _unwrapped(path, tensors)
+    head, freqs_cis = weights.pop(LM_HEAD, None), weights.pop(FREQUENCIES, None)
+    if EMBEDDING not in weights and head is not None:  # one of two tied tensors is all that some writers keep
+        weights[EMBEDDING] = head
+    _check_repeated(path, config, head, freqs_cis, weights)
+    expected = _shapes(path, config, len(weights))
     for name, shape in expected.items():
         if name not in weights:
             raise CheckpointError(f"{path}: {name} is missing")
         if tuple(weights[name].shape) != shape:
             raise CheckpointError(f"{path}: {name} has shape {tuple(weights[name].shape)}, not {shape}")
+        if not weights[name].isfinite().all():
+            raise CheckpointError(f"{path}: {name} holds numbers that are not finite")
     if unknown := sorted(weights.keys() - expected.keys()):
         raise CheckpointError(f"{path}: {unknown[0]} is not a tensor of this model")
 
     dtype = reduce(torch.promote_types, (weight.dtype for weight in weights.values()))
-    model.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()}, assign=True)
+    with torch.device("meta"):  # neither memory nor time for weights that are about to be replaced
+        model = MoEHuginnModel(config, seed=None)
+    # Copied: the tensors of a file are views into it.
+    model.load_state_dict({name: weight.to(dtype, copy=True) for name, weight in weights.items()}, assign=True)
     return model.requires_grad_(True).eval()
+
+
+def _unwrapped(path: Path, tensors: dict[Any, Any]) -> dict[str, Tensor]:
+    """The tensors under the names that they have without `torch.compile` and training wrappers.
+
+    The public training code saves every tensor twice, as `_forward_module` and as `_original_module`, of which the
+    latter counts. Any other two of one name must be equal.
+    """
+    weights: dict[str, Tensor] = {}
+    keys = [str(key) for key in tensors]
+    originals = {_WRAPPERS.sub("", key) for key in keys if "_original_module." in key}
+    for key, value in zip(keys, tensors.values(), strict=True):
+        name = _WRAPPERS.sub("", key)
+        if "_forward_module." in key and name in originals:
+            continue
+        if not isinstance(value, Tensor) or value.dtype not in _FLOATS:
+            raise CheckpointError(f"{path}: {name} is not a tensor of floating-point numbers")
+        if name in weights and not torch.equal(weights[name], value):
+            raise CheckpointError(f"{path}: {name} is there twice, as {key} too, with other numbers")
+        weights[name] = value
+    return weights
+
+
+def _shapes(path: Path, config: MoEHuginnConfig, count: int) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a model, which is not made of numbers that may be anything."""
+    blocks = config.n_layers_in_prelude + config.n_layers_in_recurrent_block + config.n_layers_in_coda
+    if blocks + config.num_experts > count:
+        raise CheckpointError(f"{path}: {count} tensors are too few for a model of {blocks} blocks and its experts")
+    try:
+        with torch.device("meta"):
+            model = MoEHuginnModel(config, seed=None)
+    except (RuntimeError, OverflowError, TypeError):  # more numbers than a tensor can have
+        raise CheckpointError(f"{path}: model_config describes a model too large to exist") from None
+    return {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
 
 
 def save_checkpoint(model: MoEHuginnModel, path: str | os.PathLike[str]) -> None:
@@ -102,9 +148,9 @@ def _read(path: Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return read_archive(path)
     except Exception as error:  # torch reports a broken file by whatever its parts happened to raise
-        reason = "it holds more than tensors and plain values" if "GLOBAL" in str(error) else type(error).__name__
+        reason = str(error) if type(error) is ValueError else type(error).__name__
         raise CheckpointError(f"{path}: cannot be loaded as a checkpoint ({reason})") from None
 
 
@@ -116,14 +162,21 @@ def _read_folder(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: no such file, nor a Hugging Face folder")
     try:
         config = json.loads((folder / "config.json").read_text())
-        index = folder / "model.safetensors.index.json"
-        files = {"model.safetensors"}
-        if index.is_file():
-            files = set(json.loads(index.read_text())["weight_map"].values())
-        weights = {name: weight for file in sorted(files) for name, weight in load_file(folder / file).items()}
+        index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+        if single.is_file() or not index.is_file():  # as Transformers chooses where both are there
+            weights = load_file(single)
+        else:
+            where = json.loads(index.read_text())["weight_map"]
+            if any(Path(file).name != file for file in where.values()):
+                raise ValueError("a shard lies outside of the folder")
+            shards = {file: load_file(folder / file) for file in sorted(set(where.values()))}
+            weights = {name: shards[file][name] for name, file in where.items()}
     except Exception as error:  # whatever a broken file makes its reader raise
         raise CheckpointError(f"{folder}: cannot be loaded as a checkpoint ({type(error).__name__})") from None
-    if isinstance(config, dict) and config.get("model_type") == "huginn_raven":
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind not in _TYPES:
+        raise CheckpointError(f"{folder}: model_type={kind!r} is neither {_TYPES[0]!r} nor {_TYPES[1]!r}")
+    if kind == "huginn_raven":
         renamed = {"n_heads": "num_attention_heads", "vocab_size": "padded_vocab_size"}
         config = {renamed.get(name, name): value for name, value in config.items()}
     return {"model": weights, "model_config": config}
@@ -138,9 +191,10 @@ def _check_repeated(
         raise CheckpointError(f"{path}: {LM_HEAD} differs from {EMBEDDING}, but this model ties them")
     if freqs_cis is None:
         return
+    shape = (1, config.block_size, 1, config.head_dim // 2, 2)  # before angles are made for any length
+    if tuple(freqs_cis.shape) != shape:
+        raise CheckpointError(f"{path}: {FREQUENCIES} has shape {tuple(freqs_cis.shape)}, not {shape}")
     ours = frequencies(config)
-    if freqs_cis.shape != ours.shape:
-        raise CheckpointError(f"{path}: {FREQUENCIES} has shape {tuple(freqs_cis.shape)}, not {tuple(ours.shape)}")
     # cos and sin of float32 angles up to 4096 are off by 2e-4, and bfloat16 rounds them by 4e-3.
     tolerance = 1e-3 if torch.finfo(freqs_cis.dtype).eps < 1e-3 else 1e-2
     error = (freqs_cis.float() - ours).abs().max().item()

@@ -23,6 +23,22 @@ _FIXED: dict[str, Any] = {
     "qk_bias": True,
     "bias": False,
 }
+_ONLY_READ: dict[str, Any] = {
+    "state_init": "like-init",
+    "tie_word_embeddings": True,
+    "lm_head_bias": False,
+    "qk_norm": False,
+    "clip_qkv": None,
+    "use_abacus": False,
+    "randomize_positions_from": None,
+    "debias_attention": False,
+    "center_attention": False,
+    "embed_step": False,
+    "normalize_rec": "",
+    "intermediate_noise_injection": 0,
+    "test_time_noise": 0,
+    "mup_model_scaling_factor": 1,
+}
 _FIXED_ROPE: dict[str, Any] = {"use_rope": True, "rope_condense_ratio": 1}
 _MOE_FIELDS = ("num_experts", "moe_k", "moe_intermediate_size", "moe_placement", "moe_residual")
 
@@ -118,7 +134,7 @@ class MoEHuginnConfig:
         _require(isinstance(values, dict), "", values, "must be a dict")
         rope = values.get("rope_settings") or {}
         _require(isinstance(rope, dict), "rope_settings", rope, "must be a dict")
-        for given, fixed, prefix in ((values, _FIXED, ""), (rope, _FIXED_ROPE, "rope_settings.")):
+        for given, fixed, prefix in ((values, {**_FIXED, **_ONLY_READ}, ""), (rope, _FIXED_ROPE, "rope_settings.")):
             for name, only in fixed.items():
                 value = given.get(name, only)
                 _require(value == only, prefix + name, value, f"cannot be represented here, only {only!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,11 +52,17 @@ class Weights:
             mapping = mapping_of(jax.tree_util.keystr(path, simple=True, separator="."), leaf.shape)
 
             def read() -> np.ndarray:
-                return mapping.from_torch(lambda name: self.tensors[name].read()).astype(leaf.dtype)
+                return mapping.from_torch(self._finite).astype(leaf.dtype)
 
             return LazyArray(leaf.shape, leaf.dtype, read)
 
         return jax.tree_util.tree_map_with_path(lazy, abstract_model(self.config)[1])
+
+    def _finite(self, name: str) -> np.ndarray:
+        numbers = self.tensors[name].read()
+        if not np.isfinite(numbers).all():
+            raise WeightsError(f"{self.path}: {name} holds numbers that are not finite")
+        return numbers
 
 
 def tensor_shapes(config: Config, params: Any) -> dict[str, tuple[int, ...]]:
@@ -82,6 +89,32 @@ def compute_type(tensors: Mapping[str, LazyArray]) -> Dtype:
     return "bfloat16" if kinds == {"bfloat16"} else "float32"
 
 
+_WRAPPERS = re.compile(r"^((_orig_mod|_forward_module|_original_module|module|model)\.)+")
+
+
+def unwrapped(path: Path, tensors: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
+    """The tensors under the names that they have without `torch.compile` and training wrappers.
+
+    The public training code saves every tensor twice, as `_forward_module` and as `_original_module`, of which the
+    latter counts. Any other two of one name must be equal.
+    """
+    plain: dict[str, LazyArray] = {}
+    originals = {_WRAPPERS.sub("", key) for key in tensors if "_original_module." in key}
+    for key, tensor in tensors.items():
+        name = _WRAPPERS.sub("", key)
+        if "_forward_module." in key and name in originals:
+            continue
+        if name in plain and not _equal(plain[name], tensor):
+            raise WeightsError(f"{path}: {name} is there twice, as {key} too, with other numbers")
+        plain[name] = tensor
+    return plain
+
+
+def _equal(one: LazyArray, other: LazyArray) -> bool:
+    # Two names of one place in a file read by the same function need no reading.
+    return one.read == other.read or (one.shape == other.shape and np.array_equal(one.read(), other.read()))
+
+
 def checked(
     path: Path, tensors: dict[str, LazyArray], describe: Callable[[Dtype], Config], tokenizer: Path | None
 ) -> Weights:
@@ -91,6 +124,7 @@ def checked(
         WeightsError: a tensor that is missing, unknown or of another shape or type; a head that is not tied to the
             embedding; rotary angles that are not ours.
     """
+    tensors = unwrapped(path, tensors)
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
             raise WeightsError(f"{path}: {name} is not a tensor of floating-point numbers")
@@ -121,10 +155,7 @@ def checked(
 
 def _require_tied(path: Path, tensors: Mapping[str, LazyArray]) -> None:
     head, embedding = tensors.get(LM_HEAD), tensors[EMBEDDING]
-    # Two names of one place in a file read by the same function need no reading.
-    if head is None or head.read == embedding.read:
-        return
-    if not np.array_equal(head.read(), embedding.read()):
+    if head is not None and not _equal(head, embedding):
         raise WeightsError(f"{path}: {LM_HEAD} differs from {EMBEDDING}, but this model ties them")
 
 

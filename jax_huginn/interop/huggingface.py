@@ -118,11 +118,28 @@ def write_huggingface(
             unfinished.mkdir()
             if tokenizer:
                 shutil.copytree(tokenizer, unfinished, dirs_exist_ok=True)
-            _write_json(unfinished / "config.json", huggingface_config(config, kind))
+            ids = token_ids(unfinished)
+            _write_json(unfinished / "config.json", {**huggingface_config(config, kind), **ids})
+            _write_json(unfinished / "generation_config.json", ids)  # without an EOS id generation never stops
             write_shards(unfinished, declared, tensors(), shard_bytes)
             unfinished.rename(folder)
     except OSError as error:
         raise ExportError(f"{folder} cannot be written: {error.strerror or error}") from None
+
+
+def token_ids(tokenizer: Path) -> dict[str, int]:
+    """`bos_token_id`, `eos_token_id` and `pad_token_id` of the tokenizer in a folder, as far as it defines them."""
+    if not ((tokenizer / "tokenizer.json").is_file() and (tokenizer / "tokenizer_config.json").is_file()):
+        return {}
+    content, described = (_read_json(tokenizer / name) for name in ("tokenizer.json", "tokenizer_config.json"))
+    numbers = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+    ids = {}
+    for name in ("bos", "eos", "pad"):
+        token = described.get(f"{name}_token")
+        token = token["content"] if isinstance(token, dict) else token
+        if token in numbers:
+            ids[f"{name}_token_id"] = numbers[token]
+    return ids
 
 
 def _write_json(file: Path, values: dict[str, Any]) -> None:

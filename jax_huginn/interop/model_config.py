@@ -98,9 +98,10 @@ def huggingface_config(config: Config, dtype: str) -> dict[str, Any]:
     """
     model, recurrence = config.model, config.recurrence
     if config.moe.experts or model.kv_heads != model.heads:
-        return {"model_type": OWN_TYPE, **model_config(config), "torch_dtype": dtype}
+        return {"model_type": OWN_TYPE, **model_config(config), "torch_dtype": dtype, "dtype": dtype}
     return {
         "model_type": PUBLIC_TYPE,
+        "architectures": ["RavenForCausalLM"],
         "n_embd": model.width,
         "n_heads": model.heads,
         "n_layers": model.prelude_layers + model.core_layers + model.coda_layers,
@@ -120,7 +121,8 @@ def huggingface_config(config: Config, dtype: str) -> dict[str, Any]:
         "sampling_scheme": recurrence.scheme,
         "activation_checkpoint_impl": "per-iteration",
         "rope_base": model.rope_base,
-        "torch_dtype": dtype,
+        "torch_dtype": dtype,  # the name that Transformers 4 reads
+        "dtype": dtype,  # the one that Transformers 5 reads, which takes bfloat16 for float32 without it
     }
 
 

@@ -6,7 +6,6 @@ Reading needs no Torch; writing does, and this is the only module here that impo
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,13 +44,10 @@ def read_pth(path: str | os.PathLike) -> Weights:
 
     tensors: dict[str, LazyArray] = {}
     for key, value in model.items():
-        name = re.sub(r"^(_orig_mod\.|_original_module\.)+", "", str(key))
-        if name in tensors:
-            raise WeightsError(f"{path}: {name} stands there twice, as {key} too")
         tensor = archive.tensor(value)
         if tensor is None:
-            raise WeightsError(f"{path}: {name} is not a tensor, or reaches out of the file")
-        tensors[name] = tensor
+            raise WeightsError(f"{path}: {key} is not a tensor, or reaches out of the file")
+        tensors[str(key)] = tensor
 
     described = plain(content["model_config"])
     if isinstance(described, dict) and isinstance(described.get("rope_settings"), Inert):
