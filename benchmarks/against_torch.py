@@ -1,6 +1,6 @@
 """Our JAX model against our Torch twin under torch.compile: the same maths on the same device, one after the other.
 
-    python benchmarks/against_torch.py --config configs/huginn_3_5b.py --set compute.remat=dots compute.unroll=true
+    python benchmarks/against_torch.py --config configs/huginn_3_5b.py --compute.remat dots --compute.unroll true
     python benchmarks/against_torch.py --config configs/moe.py --batch 8 --n 1 --k 3 --optimizer       # on a CPU
 
 Forward and backward of one batch in `model.dtype`; with --optimizer the full step: master weights in
@@ -26,26 +26,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from benchmarks.common import median_seconds, override, peak_gigabytes, report
+from benchmarks.common import median_seconds, parse, peak_gigabytes, report
+from jax_huginn.config.cli import OneLineParser, run_verb
+from jax_huginn.config.overrides import override
 from jax_huginn.config.presets import load_config
 from jax_huginn.config.schema import Config
 from jax_huginn.training.startup import keep_freed_memory
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--n", type=int, default=25)
     parser.add_argument("--k", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--optimizer", action="store_true", help="the full step")
-    parser.add_argument("--set", nargs="*", default=[], metavar="SECTION.FIELD=VALUE")
     parser.add_argument("--side", choices=["jax", "torch"], help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options, overrides = parse(parser)
     config = load_config(options.config)
     train = dataclasses.replace(config.train, batch_size=options.batch, micro_batches=1)
-    config = override(dataclasses.replace(config, train=train), options.set)
+    config = override(dataclasses.replace(config, train=train), overrides)
     rows = np.random.default_rng(0).integers(
         0, config.model.vocab_size, (options.batch, config.train.sequence_length + 1)
     )
@@ -62,7 +63,7 @@ def main() -> None:
     report(
         benchmark="against_torch",
         config=Path(options.config).stem,
-        settings=options.set,
+        settings=overrides,
         batch=options.batch,
         sequence_length=config.train.sequence_length,
         n=options.n,
@@ -173,4 +174,4 @@ def run_torch(config: Config, rows: np.ndarray, options: argparse.Namespace) -> 
 
 
 if __name__ == "__main__":
-    main()
+    run_verb(main)

@@ -1,39 +1,35 @@
-"""What every benchmark shares: presets with overrides, timing, and one JSON line a case."""
+"""What every benchmark shares: its command line, timing, and one JSON line per case."""
 
-import dataclasses
+import argparse
 import json
 import os
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import jax
 
-from jax_huginn.config.schema import Config
+from jax_huginn.config.cli import OneLineParser, split_options
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def override(config: Config, settings: Iterable[str]) -> Config:
-    """The config with `section.field=value` settings; needs no tyro, so benchmarks run where it is missing."""
-    for setting in settings:
-        name, value = setting.split("=")
-        section_name, field = name.split(".")
-        section = getattr(config, section_name)
-        kind = get_type_hints(type(section))[field]
-        parsed = (
-            {"true": True, "false": False}[value] if kind is bool else kind(value) if kind in (int, float) else value
-        )
-        config = dataclasses.replace(config, **{section_name: dataclasses.replace(section, **{field: parsed})})
-    return config
+def parse(parser: OneLineParser) -> tuple[argparse.Namespace, list[str]]:
+    """The options of `parser`, and overrides of the config as the trainer takes them: `--section.field value`, or here
+    also `--set section.field=value ...`."""
+    parser.add_argument("--set", nargs="*", default=[], metavar="SECTION.FIELD=VALUE", help="changes the config")
+    own, overrides = split_options(sys.argv[1:])
+    options = parser.parse_args(own)
+    return options, [*overrides, *(f"--{setting}" for setting in options.set)]
 
 
 def median_seconds(run: Callable[[], Any], repeats: int, warmup: int = 2, calls: int = 1) -> float:
-    """Median wall time of `run`. The device is waited for after so many `calls`; kernels of less than a millisecond
-    need several, or what is measured is their launch (0.2 ms on an H100)."""
+    """Median wall time of `run`, which is called `calls` times before waiting for the device. A kernel of less than a
+    millisecond needs several calls, or its launch is measured instead (0.2 ms on an H100)."""
     for _ in range(warmup):
         jax.block_until_ready(run())
     times = []

@@ -16,8 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import override, report
+from benchmarks.common import parse, report
 from configs.huginn_3_5b import get_config
+from jax_huginn.config.cli import OneLineParser, run_verb
+from jax_huginn.config.overrides import override
 from jax_huginn.interop.foreign_weights import (
     EMBEDDING,
     FLOATS,
@@ -32,9 +34,9 @@ from jax_huginn.interop.safetensors_files import write_shards
 from jax_huginn.model.huginn import abstract_model
 
 
-def make_folder(folder: Path, settings: list[str], dtype: str) -> int:
+def make_folder(folder: Path, overrides: list[str], dtype: str) -> int:
     """Write the made-up checkpoint; returns its number of parameters."""
-    config = override(get_config(), settings)
+    config = override(get_config(), overrides)
     number = next(number for number, name in FLOATS.items() if name == dtype)
     shapes = tensor_shapes(config, abstract_model(config)[1])
     declared = {name: (shape, number if name != FREQUENCIES else np.dtype("f4")) for name, shape in shapes.items()}
@@ -52,13 +54,12 @@ def make_folder(folder: Path, settings: list[str], dtype: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the made-up folder")
     parser.add_argument("--folder", default=".", help="where the two folders are made and removed")
-    parser.add_argument("settings", nargs="*", help="section.field=value, for a smaller model")
-    options = parser.parse_args()
+    options, overrides = parse(parser)
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        parameters = make_folder(Path(name, "huginn"), options.settings, options.dtype)
+        parameters = make_folder(Path(name, "huginn"), overrides, options.dtype)
         start = time.perf_counter()
         command = [sys.executable, "-m", "jax_huginn.import_checkpoint", f"{name}/huginn", "--out", f"{name}/run"]
         subprocess.run(command, check=True, stdout=sys.stderr)
@@ -74,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_verb(main)

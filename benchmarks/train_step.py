@@ -1,21 +1,22 @@
 """A preset's full training step: seconds, tokens/s, MFU and memory, at given depths (n, k) of one compilation.
 
-    python benchmarks/train_step.py --config configs/moe_3_8b.py --batch 1 --set compute.remat=dots compute.unroll=true
+    python benchmarks/train_step.py --config configs/moe_3_8b.py --compute.remat dots --compute.unroll true
     python benchmarks/train_step.py --config configs/moe_3_8b.py --depths 25,8 0,8 50,8 0,4 --cache FOLDER
 
-One process measures one case, since peak memory is a process's. `start_seconds` is the time from the start of the
-process to the end of the first step, Python's imports and the weights' initialisation included; with --cache, a second
-run of the same command shows a restart.
+With --devices the step runs on a mesh of that many, split as the config's section `parallel` says.
+
+One process measures one case, since peak memory is a process's. `start_seconds` is the time from the start of
+the process to the end of the first step, including Python's imports and the weights' initialisation; with --cache, a
+second run of the same command shows a restart.
 """
 
 import time
 
 BEGAN = time.perf_counter()
 
-import argparse
-import dataclasses
 import os
 import sys
+from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")
@@ -23,36 +24,41 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
-from benchmarks.common import median_seconds, override, peak_gigabytes, report
+from benchmarks.common import median_seconds, parse, peak_gigabytes, report
+from jax_huginn.config.checks import require
+from jax_huginn.config.cli import OneLineParser, run_verb
+from jax_huginn.config.overrides import override
 from jax_huginn.config.presets import load_config
 from jax_huginn.model.flops import peak_flops, training_flops
-from jax_huginn.training.step import init_state, make_train_step
+from jax_huginn.parallel.mesh import BATCH, make_mesh
+from jax_huginn.training.step import make_state, make_train_step
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--batch", type=int, default=1, help="sequences in one micro-batch")
+    parser = OneLineParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a preset; --section.field changes it")
+    parser.add_argument("--batch", type=int, default=1, help="sequences of a micro-batch on each device")
+    parser.add_argument("--devices", type=int, default=1, help="devices of the mesh")
     parser.add_argument("--micro-batches", type=int, default=1, help="of `batch` sequences each, all at one depth")
     parser.add_argument("--depths", nargs="*", default=["25,8"], metavar="N,K")
     parser.add_argument("--cache", help="folder of JAX's persistent compilation cache")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--set", nargs="*", default=[], metavar="SECTION.FIELD=VALUE")
-    options = parser.parse_args()
+    options, overrides = parse(parser)
+    require(options.devices <= jax.device_count(), f"--devices {options.devices}: there are {jax.device_count()}")
 
     if options.cache:
         jax.config.update("jax_compilation_cache_dir", options.cache)
-    config = load_config(options.config)
-    sequences = options.batch * options.micro_batches
-    train = dataclasses.replace(config.train, batch_size=sequences, micro_batches=options.micro_batches)
-    config = dataclasses.replace(config, train=train)
-    config = override(config, options.set)
-    state = jax.jit(lambda: init_state(config))()
-    step = jax.jit(make_train_step(config), donate_argnums=0)
+    sequences = options.batch * options.devices * options.micro_batches
+    train = [f"--train.batch_size={sequences}", f"--train.micro_batches={options.micro_batches}"]
+    config = override(load_config(options.config), [*train, *overrides])
+    mesh = make_mesh(config, jax.devices()[: options.devices])
+    state = make_state(config, mesh)
+    step = jax.jit(make_train_step(config, mesh), donate_argnums=0)
     length, vocabulary = config.train.sequence_length, config.model.vocab_size
     rows = np.random.default_rng(0).integers(0, vocabulary, (sequences, length + 1)).astype(np.int32)
-    batch = jax.device_put((rows[:, :-1], rows[:, 1:]))
+    batch = jax.device_put((rows[:, :-1], rows[:, 1:]), NamedSharding(mesh, BATCH))
 
     depths = [
         tuple(np.full(options.micro_batches, int(part), np.int32) for part in depth.split(","))
@@ -80,8 +86,9 @@ def main() -> None:
         report(
             benchmark="train_step",
             config=Path(options.config).stem,
-            settings=options.set,
+            settings=overrides,
             batch=options.batch,
+            devices=options.devices,
             micro_batches=options.micro_batches,
             sequence_length=length,
             n=int(n[0]),
@@ -89,7 +96,7 @@ def main() -> None:
             seconds=seconds,
             tokens_per_second=tokens / seconds,
             tflops=flops / seconds / 1e12,
-            mfu=flops / seconds / peak if peak else None,
+            mfu=flops / seconds / peak / options.devices if peak else None,
             peak_gb=peak_gigabytes(),
             compile_seconds=compile_seconds,
             start_seconds=start_seconds,
@@ -99,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_verb(main)

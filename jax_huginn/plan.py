@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from jax_huginn.config.checks import require
-from jax_huginn.config.cli import OneLineParser, parse_config, run_verb
+from jax_huginn.config.cli import OneLineParser, parse_config, run_verb, split_options
 from jax_huginn.cost.devices import DEVICES, make_device
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ FIGURES = {
 
 
 def main() -> None:
-    own, overrides = _split(sys.argv[1:])
+    own, overrides = split_options(sys.argv[1:])
     options = _parser().parse_args(own)
     config = parse_config(["--config", options.config, *overrides])
 
@@ -75,20 +75,6 @@ def _parser() -> OneLineParser:
     parser.add_argument("--n", type=float, help="mean recurrences without gradient; default: the sampler's")
     parser.add_argument("--k", type=float, help="mean recurrences with gradient; default: the sampler's")
     return parser
-
-
-def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """This command's own arguments, and those for the config's fields, whose names contain a dot."""
-    own, overrides = [], []
-    target = own
-    for word in arguments:
-        if word.startswith("--"):
-            name, *value = word.split("=", 1)
-            target = overrides if "." in name else own
-            name = name.replace("_", "-") if target is own else "--" + name[2:].replace("-", "_")
-            word = "=".join([name, *value])
-        target.append(word)
-    return own, overrides
 
 
 def _open(config: Config, overrides: list[str]) -> list[str]:

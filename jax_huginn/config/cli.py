@@ -67,6 +67,21 @@ class OneLineParser(argparse.ArgumentParser):
         raise ConfigError(message)
 
 
+def split_options(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A command's own arguments, with dashes in their names, and those for fields of the config, which have a dot."""
+    own: list[str] = []
+    overrides: list[str] = []
+    target = own
+    for word in arguments:
+        if word.startswith("--"):
+            name, *value = word.split("=", 1)
+            target = overrides if "." in name else own
+            name = name.replace("_", "-") if target is own else "--" + name[2:].replace("-", "_")
+            word = "=".join([name, *value])
+        target.append(word)
+    return own, overrides
+
+
 def run_verb(main: Callable[[], None]) -> None:
     """Run a command. A user's mistake becomes one line on stderr and exit status 2; a bug keeps its traceback.
 
