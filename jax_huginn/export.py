@@ -20,19 +20,21 @@ def main() -> None:
     )
     options = parser.parse_args()
 
-    from jax_huginn.checkpoints.sources import load_source, open_source
+    from jax_huginn.checkpoints.sources import open_and_load, open_source
     from jax_huginn.interop.errors import ExportError, check_target
     from jax_huginn.interop.huggingface import write_huggingface
     from jax_huginn.interop.pth import write_pth
 
-    out, source = Path(options.out), open_source(options.source)
-    check_target(out)  # before the model is loaded, which may take a while
-    if out.suffix == ".pth":
-        write_pth(load_source(source), out, options.dtype)
-    elif out.suffix in (".pt", ".bin", ".ckpt", ".safetensors"):
+    out = Path(options.out)
+    open_source(options.source)  # mistakes are reported before the model is loaded, which may take a while
+    check_target(out)
+    if out.suffix in (".pt", ".bin", ".ckpt", ".safetensors"):
         raise ExportError(f"--out {out} is neither a .pth file nor a folder")
+    source, model = open_and_load(options.source)
+    if out.suffix == ".pth":
+        write_pth(model, out, options.dtype)
     else:
-        write_huggingface(load_source(source), out, source.tokenizer, options.dtype)
+        write_huggingface(model, out, source.tokenizer, options.dtype)
     print(f"wrote {out} from {source.path}")
 
 

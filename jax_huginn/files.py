@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all: written beside their place, then renamed into it."""
 
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +37,18 @@ def whole_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def reason(error: BaseException) -> str:
+    """What the operating system said about a failed write; libraries wrap it into other errors and paragraphs."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        if found := re.search(r"OS error \d+: ([^\]\[]+?)\]", str(cause)):  # TensorStore's
+            return found[1]
+        cause = cause.__cause__ or cause.__context__
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _beside(path: Path) -> Path:

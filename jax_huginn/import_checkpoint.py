@@ -12,11 +12,11 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="tokenizer folder, where X comes without one")
     options = parser.parse_args()
 
-    from jax_huginn.checkpoints.import_run import write_run
+    from jax_huginn.checkpoints.import_run import import_weights
     from jax_huginn.interop.open_weights import open_weights
 
     weights = open_weights(options.weights)
-    write_run(weights, Path(options.out), options.tokenizer)
+    import_weights(weights, Path(options.out), options.tokenizer)
     print(f"wrote {options.out} from {options.weights}")
 
 

@@ -40,7 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_huginn.checkpoints.import_run import write_run
+from jax_huginn.checkpoints.import_run import import_weights
 from jax_huginn.checkpoints.load import config_of, find_step
 from jax_huginn.checkpoints.run_folder import open_run_folder
 from jax_huginn.checkpoints.step_folders import CheckpointError, seal, verify
@@ -212,7 +212,7 @@ def make_files(folder: Path) -> None:
     model = nnx.merge(graphdef, jax.tree.map(lambda x: jnp.asarray(numbers.standard_normal(x.shape), x.dtype), params))
     write_pth(model, folder / "model.pth")
     write_huggingface(model, folder / "hf", shard_bytes=3000)
-    write_run(open_weights(folder / "hf"), folder / "run")
+    import_weights(open_weights(folder / "hf"), folder / "run")
     # The run is read as one that trains: its own config, and no step 0 in the way of `open_run_folder`.
     (folder / "run/config.json").write_text(json.dumps(to_dict(CONFIG)))
 

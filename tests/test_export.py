@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import torch_reference
 from jax_huginn import import_checkpoint
-from jax_huginn.checkpoints.import_run import write_run
+from jax_huginn.checkpoints.import_run import import_weights
 from jax_huginn.checkpoints.load import find_step
 from jax_huginn.checkpoints.sources import load_checkpoint, open_source
 from jax_huginn.data.tokenizer import save_tokenizer, train_tokenizer
@@ -69,7 +69,7 @@ def tokenizer(tmp_path_factory) -> Path:
 def imported(make_config, tmp_path, tokenizer) -> Path:
     """A run folder that an import made, with a tokenizer."""
     write_huggingface(random_model(make_config()), tmp_path / "folder", tokenizer)
-    write_run(read_huggingface(tmp_path / "folder"), tmp_path / "run")
+    import_weights(read_huggingface(tmp_path / "folder"), tmp_path / "run")
     return tmp_path / "run"
 
 
@@ -80,7 +80,7 @@ def imported(make_config, tmp_path, tokenizer) -> Path:
 def test_a_pth_comes_back_to_the_bit(make_config, tmp_path, kind):
     model = random_model(make_config(**KINDS[kind]))
     write_pth(model, tmp_path / "model.pth")
-    write_run(read_pth(tmp_path / "model.pth"), tmp_path / "run")
+    import_weights(read_pth(tmp_path / "model.pth"), tmp_path / "run")
     loaded = load_checkpoint(tmp_path / "run")
     assert_same(model, loaded)
     assert find_step(tmp_path / "run") == tmp_path / "run/checkpoints/0"
@@ -131,7 +131,7 @@ def test_bfloat16_shards_come_back_to_the_bit(make_config, tmp_path):
 
     weights = read_huggingface(tmp_path / "folder")
     assert (weights.config.model.dtype, weights.config.model.param_dtype) == ("bfloat16", "float32")
-    write_run(weights, tmp_path / "run")
+    import_weights(weights, tmp_path / "run")
     for name, tensor in to_torch(params_of(load_checkpoint(tmp_path / "run"))):
         assert tensors[name].dtype == torch.bfloat16
         np.testing.assert_array_equal(tensors[name].float().numpy(), tensor, err_msg=name)
@@ -223,7 +223,7 @@ def test_damage_that_shows_only_while_weights_are_copied_leaves_no_run(make_conf
     (tmp_path / "model.pth").write_bytes(whole)
     weights = read_pth(tmp_path / "model.pth")
     with pytest.raises(WeightsError, match=r"model\.pth: broken \(Bad CRC-32"):
-        write_run(weights, tmp_path / "run")
+        import_weights(weights, tmp_path / "run")
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.pth"]
 
 
@@ -231,7 +231,8 @@ def test_a_mistake_is_one_line_and_exit_status_2(tmp_path):
     command = [sys.executable, "-m", "jax_huginn.import_checkpoint", "absent.pth", "--out", str(tmp_path / "run")]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     assert answer.returncode == 2
-    assert answer.stderr == "error: absent.pth: no such file\n"
+    assert answer.stderr.startswith("error: no model at absent.pth: give a run folder, a step folder, ")
+    assert answer.stderr.count("\n") == 1
 
 
 def test_reading_and_importing_need_no_torch(imported, tmp_path):

@@ -108,7 +108,7 @@ def test_configs_survive_json():
 
 def test_weights_that_are_not_finite_are_not_imported(good):
     """A step of a run never holds such numbers, be it step 0."""
-    from jax_huginn.checkpoints.import_run import write_run
+    from jax_huginn.checkpoints.import_run import import_weights
 
     weights = open_weights(good / "hf")
     poisoned = next(name for name in weights.tensors if "norm_1" in name)
@@ -116,5 +116,5 @@ def test_weights_that_are_not_finite_are_not_imported(good):
     bad = dataclasses.replace(tensor, read=lambda: np.full(tensor.shape, np.nan, tensor.dtype))
     weights = dataclasses.replace(weights, tensors={**weights.tensors, poisoned: bad})
     with pytest.raises(WeightsError, match=r"norm_1.weight holds numbers that are not finite"):
-        write_run(weights, good / "new")
+        import_weights(weights, good / "new")
     assert not (good / "new").exists()

@@ -119,7 +119,7 @@ def test_broken_folders_are_refused(changed, tmp_path):
     assert "model.safetensors: no such file" in refusal(changed)
     (changed / "config.json").unlink()
     assert "neither a run nor a Hugging Face folder" in refusal(changed)
-    assert "no such file" in refusal(tmp_path / "absent")
+    assert f"no model at {tmp_path / 'absent'}: give a run folder" in refusal(tmp_path / "absent")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jax_huginn.checkpoints.import_run import write_run
+from jax_huginn.checkpoints.import_run import import_weights
 from jax_huginn.checkpoints.init_from import adopt_tokenizer, load_into, open_start
 from jax_huginn.checkpoints.sources import load_checkpoint
 from jax_huginn.checkpoints.step_folders import CheckpointError
@@ -31,7 +31,7 @@ def sources(tmp_path_factory):
     model = random_model(small_config(model={"vocab_size": 320}))
     save_tokenizer(train_tokenizer(["a recurrent tale"] * 3, 270), folder / "tokenizer_of_it")
     write_huggingface(model, folder / "folder", folder / "tokenizer_of_it")
-    write_run(read_huggingface(folder / "folder"), folder / "run")
+    import_weights(read_huggingface(folder / "folder"), folder / "run")
     write_pth(model, folder / "model.pth")
     return folder, model
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_huginn.checkpoints.import_run import write_run
+from jax_huginn.checkpoints.import_run import import_weights
 from jax_huginn.checkpoints.sources import load_checkpoint, load_for_inference, open_source
 from jax_huginn.config.checks import UserError
 from jax_huginn.interop.huggingface import write_huggingface
@@ -24,7 +24,7 @@ def places(tmp_path_factory):
     model = MoEHuginnModel(small_config(), seed=3)
     write_pth(model, folder / "model.pth")
     write_huggingface(model, folder / "hf")
-    write_run(open_weights(folder / "model.pth"), folder / "run")
+    import_weights(open_weights(folder / "model.pth"), folder / "run")
     return folder, nnx.as_pure(nnx.split(model)[1])
 
 

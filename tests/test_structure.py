@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "jax_huginn/reporting": {"config", "model", "reporting"},
     "jax_huginn/data": {"config", "data"},
     "jax_huginn/data/sources": {"config", "data"},
-    "jax_huginn/interop": {"config", "ops", "model", "interop"},
+    "jax_huginn/interop": {"config", "files", "ops", "model", "interop"},
     "jax_huginn/checkpoints": {"config", "files", "parallel", "model", "interop", "data", "checkpoints"},
     "jax_huginn/inference": {"config", "ops", "parallel", "model", "inference"},
     "jax_huginn/training": {

@@ -15,7 +15,7 @@ from flax import nnx
 
 from jax_huginn import load_checkpoint
 from jax_huginn.checkpoints.load import find_step
-from jax_huginn.checkpoints.step_folders import CheckpointError
+from jax_huginn.config.checks import UserError
 from jax_huginn.training.loop import train
 
 ROOT = Path(__file__).parent.parent
@@ -198,11 +198,14 @@ def test_a_loaded_checkpoint_is_the_trained_model(finished):
 
 
 def test_missing_checkpoints_are_said(tmp_path):
-    with pytest.raises(CheckpointError, match="no run or checkpoint folder"):
+    with pytest.raises(UserError, match=r"no model at .*none: give a run folder"):
         load_checkpoint(tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match="no checkpoint in"):
+    with pytest.raises(UserError, match=r"empty: no config\.json there, so neither a run nor a Hugging Face folder"):
         load_checkpoint(tmp_path / "empty")
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"no checkpoint in .*run: train first"):
+        load_checkpoint(tmp_path / "run")
 
 
 def test_training_runs_in_process_without_validation(corpus, tmp_path, make_config):

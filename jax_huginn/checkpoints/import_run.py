@@ -1,24 +1,26 @@
-"""Write a run folder of weights from elsewhere: its only checkpoint is step 0, without a training state."""
+"""Write a run folder of a model that was not trained here: its only checkpoint is step 0, without a training state."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
 from jax_huginn.checkpoints import step_folders
 from jax_huginn.checkpoints.checksums import as_hex, checksum
-from jax_huginn.checkpoints.step_folders import CHECKPOINTS
+from jax_huginn.checkpoints.step_folders import CHECKPOINTS, UNFINISHED
+from jax_huginn.config.checks import UserError
 from jax_huginn.config.dicts import to_dict
 from jax_huginn.config.schema import Config
+from jax_huginn.files import reason, whole_folder
 from jax_huginn.interop.errors import WeightsError
 from jax_huginn.interop.foreign_weights import LazyArray, Weights
 
@@ -28,38 +30,42 @@ _TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-def write_run(weights: Weights, run_dir: Path, tokenizer: Path | None = None) -> None:
-    """Create a run folder of `weights`, which pass through the memory one tensor at a time.
+def import_weights(weights: Weights, run_dir: Path, tokenizer: Path | None = None) -> None:
+    """`write_run` for weights in another layout, whose own tokenizer is taken unless another is given."""
+    write_run(weights.params(), weights.config, run_dir, tokenizer or weights.tokenizer, str(weights.path))
+
+
+def write_run(params: Any, config: Config, run_dir: Path, tokenizer: Path | None = None, origin: str = "") -> None:
+    """Create a run folder of `params`; one array at a time is in memory.
 
     Args:
-        tokenizer: folder of a tokenizer, instead of the one that came with the weights.
+        params: a model's parameter tree of arrays or of `LazyArray`, in `model.param_dtype`.
+        tokenizer: folder of the tokenizer whose tokens the model knows.
+        origin: where the weights come from, for the record.
 
     Raises:
-        WeightsError: the folder exists or cannot be written, the tokenizer is none, or the weights are broken.
+        WeightsError: the folder exists or cannot be written, there is no tokenizer in `tokenizer`, or an array cannot
+            be read.
     """
     if run_dir.exists():
         raise WeightsError(f"{run_dir} exists: remove it or name another --out")
-    tokenizer = tokenizer or weights.tokenizer
     if tokenizer and not (tokenizer / "tokenizer.json").is_file():
         raise WeightsError(f"{tokenizer}: no tokenizer.json there")
-    config = replace(weights.config, run_dir=str(run_dir))
+    config = replace(config, run_dir=str(run_dir))
     try:
-        run_dir.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the run and then renamed, so that it appears whole or not at all.
-        with tempfile.TemporaryDirectory(dir=run_dir.parent, prefix=f".{run_dir.name}.") as name:
-            unfinished = Path(name, run_dir.name)
-            unfinished.mkdir()
+        with whole_folder(run_dir) as unfinished:
             (unfinished / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
             if tokenizer:
                 copy_tokenizer(tokenizer, unfinished / "tokenizer")
-            _save_streamed(unfinished / CHECKPOINTS, weights.params(), config, str(weights.path))
-            unfinished.rename(run_dir)
-    except OSError as error:
-        raise WeightsError(f"{run_dir} cannot be written: {error.strerror or error}") from None
+            _write_step_0(unfinished / CHECKPOINTS, params, config, origin)
+    except UserError:  # an array that cannot be read
+        raise
+    except (OSError, ValueError, RuntimeError) as error:  # TensorStore reports a full disk by any of them
+        raise WeightsError(f"{run_dir} cannot be written: {reason(error)}") from None
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """The tokenizer's files of a folder that may hold more; `tokenizer.json` comes last, its presence means success."""
+    """Copy a tokenizer's files and no others; `tokenizer.json` comes last, so that its presence means success."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in _TOKENIZER_FILES:
         if (source / name).is_file():
@@ -67,7 +73,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 class _Streamed(ocp.type_handlers.NumpyHandler):
-    """Writes arrays one after the other, each read when its turn has come. Orbax itself wants all in memory at once."""
+    """Reads and writes one array after another. Orbax itself wants all of them in memory at once."""
 
     def __init__(self) -> None:
         super().__init__(deepcopy_host_arrays=False)
@@ -83,21 +89,28 @@ class _Streamed(ocp.type_handlers.NumpyHandler):
         return []
 
 
-def _save_streamed(folder: Path, params: Any, config: Config, source: str) -> None:
-    """Step 0 of a run: `params`, a tree of `LazyArray`, and `meta`, as `checkpoint.Checkpoints` writes them."""
+def _write_step_0(folder: Path, params: Any, config: Config, origin: str) -> None:
+    """The checkpoint, with the items `params` and `meta` of those that `save.Checkpoints` writes."""
     streamed = _Streamed()
     registry = ocp.type_handlers.create_type_handler_registry(
         (LazyArray, streamed),
         (jax.Array, ocp.type_handlers.ArrayHandler()),  # none is written, but Orbax warns where it is missing
     )
-    handlers = {
-        "params": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
-        "meta": ocp.JsonCheckpointHandler(),
-    }
-    meta = {"step": 0, "config": to_dict(config), "jax": jax.__version__, "imported_from": source}
-    # Synchronous: a broken tensor would leave the threads of an asynchronous save waiting for each other.
-    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
-    with ocp.CheckpointManager(folder.resolve(), options=options, item_handlers=handlers) as manager:
-        items = {"params": ocp.args.PyTreeSave(nnx.to_pure_dict(params)), "meta": ocp.args.JsonSave(meta)}
-        manager.save(0, args=ocp.args.Composite(**items))
-    step_folders.seal(folder / "0", {"params": as_hex(streamed.sums)})
+    handler = ocp.CompositeCheckpointHandler(
+        params=ocp.PyTreeCheckpointHandler(type_handler_registry=registry), meta=ocp.JsonCheckpointHandler()
+    )
+    meta = {"step": 0, "config": to_dict(config), "jax": jax.__version__, "imported_from": origin}
+    unfinished = (folder / UNFINISHED / "0").resolve()
+    unfinished.parent.mkdir(parents=True)
+    # Synchronous: a broken array would leave the threads of an asynchronous save waiting for each other.
+    with ocp.Checkpointer(handler) as writer:
+        lazy = jax.tree.map(_lazy, nnx.to_pure_dict(params))
+        items = {"params": ocp.args.PyTreeSave(lazy), "meta": ocp.args.JsonSave(meta)}
+        writer.save(unfinished, args=ocp.args.Composite(**items))
+    step_folders.seal(unfinished, {"params": as_hex(streamed.sums)})
+    step_folders.commit(unfinished, folder / "0")
+    step_folders.clear(folder)
+
+
+def _lazy(leaf: Any) -> LazyArray:
+    return leaf if isinstance(leaf, LazyArray) else LazyArray(leaf.shape, leaf.dtype, lambda: np.asarray(leaf))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +25,7 @@ from jax_huginn.checkpoints.step_folders import CHECKPOINTS, UNFINISHED, Checkpo
 from jax_huginn.config.dicts import to_dict
 from jax_huginn.config.schema import CheckpointConfig, Config
 from jax_huginn.data.resume import whole_position
+from jax_huginn.files import reason
 from jax_huginn.parallel.mesh import from_every_host
 from jax_huginn.parallel.processes import gather_text, of_first
 
@@ -117,7 +117,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             step_folders.clear(self.folder)  # a full disk gets its room back
         self._writer = _new_writer()  # the old one may hold on to what went wrong
-        self.say(f"error: checkpoint {step} was not written to {self.shown} ({_reason(error)}); {self._still()}")
+        self.say(f"error: checkpoint {step} was not written to {self.shown} ({reason(error)}); {self._still()}")
 
     def _still(self) -> str:
         return "there is none yet" if self._newest is None else f"the newest one is step {self._newest}"
@@ -193,14 +193,6 @@ class Checkpoints:
 
 def _new_writer() -> ocp.AsyncCheckpointer:
     return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
-
-
-def _reason(error: BaseException) -> str:
-    """What the operating system said, which TensorStore wraps into a paragraph."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    found = re.search(r"OS error \d+: ([^\]\[]+?)\]", str(error))
-    return found[1] if found else f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def gather_position(part: dict[str, Any]) -> dict[str, Any]:

@@ -75,7 +75,18 @@ def load_checkpoint(source: str | os.PathLike) -> MoEHuginnModel:
     Raises:
         CheckpointError, WeightsError: nothing there that can be read, or a model that this one cannot be.
     """
-    return load_source(open_source(source))
+    return open_and_load(source)[1]
+
+
+def open_and_load(source: str | os.PathLike) -> tuple[Source, MoEHuginnModel]:
+    """`load_source(open_source(source))`, also from a run in training, which may delete the step that is being read."""
+    while True:
+        found = open_source(source)
+        try:
+            return found, load_source(found)
+        except Exception:
+            if found.path.exists():
+                raise
 
 
 def load_source(source: Source) -> MoEHuginnModel:

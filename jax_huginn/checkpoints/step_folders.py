@@ -113,6 +113,8 @@ def newest_good(folder: Path, items: Iterable[str] | None = None) -> tuple[int |
         try:
             verify(folder / str(step), items)
         except DamagedError as fault:
+            if not (folder / str(step)).exists():  # retired by the run, which is in training: there is a newer one
+                return newest_good(folder, items)
             faults.append(fault)
         else:
             return step, faults

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jax_huginn.files import reason, whole_folder
 from jax_huginn.interop.errors import ExportError, WeightsError, check_target
 from jax_huginn.interop.foreign_weights import (
     EMBEDDING,
@@ -112,19 +112,15 @@ def write_huggingface(
         yield FREQUENCIES, frequencies(config)
 
     try:
-        # Beside the folder and then renamed, so that it appears whole or not at all.
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
-            unfinished = Path(name, folder.name)
-            unfinished.mkdir()
+        with whole_folder(folder) as unfinished:
             if tokenizer:
                 shutil.copytree(tokenizer, unfinished, dirs_exist_ok=True)
             ids = token_ids(unfinished)
             _write_json(unfinished / "config.json", {**huggingface_config(config, kind), **ids})
             _write_json(unfinished / "generation_config.json", ids)  # without an EOS id generation never stops
             write_shards(unfinished, declared, tensors(), shard_bytes)
-            unfinished.rename(folder)
     except OSError as error:
-        raise ExportError(f"{folder} cannot be written: {error.strerror or error}") from None
+        raise ExportError(f"{folder} cannot be written: {reason(error)}") from None
 
 
 def token_ids(tokenizer: Path) -> dict[str, int]:

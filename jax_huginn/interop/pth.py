@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jax_huginn.files import reason, whole_file
 from jax_huginn.interop.errors import ExportError, WeightsError, check_target
 from jax_huginn.interop.foreign_weights import EMBEDDING, FREQUENCIES, LM_HEAD, LazyArray, Weights, checked, frequencies
 from jax_huginn.interop.model_config import config_of, model_config
@@ -87,12 +88,8 @@ def write_pth(model: MoEHuginnModel, path: str | os.PathLike, dtype: str | None 
     tensors = {PREFIX + name: tensor(array).to(kind) for name, array in to_torch(params_of(model))}
     tensors[PREFIX + LM_HEAD] = tensors[PREFIX + EMBEDDING]
     tensors[PREFIX + FREQUENCIES] = tensor(frequencies(config))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        torch.save({"model": tensors, "model_config": model_config(config)}, temporary)
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise ExportError(f"{path} cannot be written: {reason}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+        with whole_file(path) as unfinished, unfinished.open("wb") as file:
+            torch.save({"model": tensors, "model_config": model_config(config)}, file)
+    except (OSError, RuntimeError) as error:  # torch wraps what the file system said
+        raise ExportError(f"{path} cannot be written: {reason(error)}") from None

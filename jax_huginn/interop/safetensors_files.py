@@ -53,6 +53,8 @@ def read_tensors(path: Path) -> dict[str, LazyArray]:
         tensors = {}
         for name, entry in header.items():
             shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
+            if entry["dtype"] not in DTYPES:
+                raise WeightsError(f"{path}: {name} has numbers of type {entry['dtype']}, which is not read here")
             dtype = np.dtype(DTYPES[entry["dtype"]])
             if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
                 raise ValueError
@@ -113,4 +115,4 @@ def _write(path: Path, declared: Declared, tensors: Tensors) -> None:
         for expected, (shape, dtype) in declared.items():
             name, array = next(tensors)
             assert (name, array.shape) == (expected, shape)
-            np.ascontiguousarray(array, dtype).tofile(file)
+            file.write(np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8).data)  # tofile hides a full disk
