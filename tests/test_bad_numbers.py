@@ -64,10 +64,10 @@ def test_a_bad_micro_batch_leaves_weights_and_optimiser_as_they_were(make_config
         return step(state, rows[:, :-1], rows[:, 1:], *sample_depths(config.recurrence, 0, 0, 2))
 
     state, metrics = advance(jax.jit(lambda: init_state(config))(), rows)
-    assert metrics.finite_N.tolist() == [True, True] and int(metrics.skipped) == 0
+    assert metrics.finite_U.tolist() == [True, True] and int(metrics.skipped) == 0
     before = jax.device_get(state)
     state, metrics = advance(state, bad)
-    assert metrics.finite_N.tolist() == [True, False]
+    assert metrics.finite_U.tolist() == [True, False]
     assert math.isnan(float(metrics.grad_norm)) and math.isfinite(float(metrics.objective))
     after = jax.device_get(state)
     jax.tree.map(np.testing.assert_array_equal, (after.params, after.opt_state), (before.params, before.opt_state))

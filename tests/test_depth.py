@@ -39,11 +39,11 @@ def test_a_draw_depends_on_seed_and_micro_batch_alone():
     forward = [sample_depth(config, 3, index) for index in range(50)]
     assert [sample_depth(config, 3, index) for index in reversed(range(50))] == forward[::-1]
     assert [sample_depth(config, 4, index) for index in range(50)] != forward
-    n_N, k_N = sample_depths(config, 3, step=12, micro_batches=4)
-    assert list(zip(n_N.tolist(), k_N.tolist(), strict=True)) == forward[48:] + [
+    n_U, k_U = sample_depths(config, 3, step=12, micro_batches=4)
+    assert list(zip(n_U.tolist(), k_U.tolist(), strict=True)) == forward[48:] + [
         sample_depth(config, 3, index) for index in (50, 51)
     ]
-    assert n_N.dtype == k_N.dtype == np.int32
+    assert n_U.dtype == k_U.dtype == np.int32
 
 
 def test_shallow_means_keep_the_backpropagation_depth():

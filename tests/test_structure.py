@@ -1,6 +1,7 @@
 """The house as designed: every package is shipped, and imports run one way."""
 
 import ast
+import re
 import tomllib
 from pathlib import Path
 
@@ -78,3 +79,34 @@ def test_frameworks_stay_apart(package, banned, except_in):
     for file in (ROOT / package).rglob("*.py"):
         found = {name.split(".")[0] for name in imports_of(file)} & banned
         assert not found or file.name in except_in, f"{file.relative_to(ROOT)} imports {found}"
+
+
+# ---- Shapes in names ------------------------------------------------------------------------------------------------
+
+
+def legend_of(file: str) -> list[tuple[str, str]]:
+    """(letter, meaning) of every entry of the table of axes in a module's docstring."""
+    table = ast.get_docstring(ast.parse((ROOT / file).read_text())) or ""
+    rows = [line for line in table.splitlines() if re.match(r"    \w  ", line)]
+    return re.findall(r"(?:^ *|   )(\w)  (\S+(?: \S+)*)", "\n".join(rows), flags=re.MULTILINE)
+
+
+def names_in(file: Path) -> set[str]:
+    """Names of all variables, arguments and fields in a file."""
+    nodes = list(ast.walk(ast.parse(file.read_text())))
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    names |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    return names | {node.arg for node in nodes if isinstance(node, ast.arg)}
+
+
+def test_every_letter_of_a_shape_has_one_meaning():
+    legend = legend_of("jax_huginn/model/__init__.py")
+    meanings = dict(legend)
+    assert len(meanings) == len(legend) == len(set(meanings.values())) > 20
+    assert set(legend_of("torch_reference/model.py")) <= set(legend)
+    folders = [f"jax_huginn/{name}" for name in ("ops", "parallel", "model", "inference", "training")]
+    for file in (file for folder in (*folders, "torch_reference") for file in (ROOT / folder).glob("*.py")):
+        for name in names_in(file):
+            shape = re.fullmatch(r"[a-z]\w*_([a-z\d]*[A-Z][A-Za-z\d]*)", name)
+            unknown = {letter for letter in shape[1] if not letter.isdigit()} - set(meanings) if shape else set()
+            assert not unknown, f"{file.relative_to(ROOT)}: {name} has the unknown axes {unknown}"

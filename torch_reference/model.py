@@ -1,14 +1,16 @@
 """MoE-Huginn in plain PyTorch: the model to read, and the one that the JAX model is held to.
 
 A depth-recurrent language model (Geiping et al. 2025, arXiv 2502.05171): a prelude embeds the tokens, one core
-is applied again and again to a latent state, a coda reads the answer out. A shared-expert Mixture of Experts
-shapes the embedding that every recurrence receives, or stands in for the core's MLPs. Nothing here is fast for
-its own sake: experts run in a loop, there is no cache, and the model does not sample its own depth.
+is applied repeatedly to a latent state, and a coda reads out the result. A shared-expert Mixture of Experts
+transforms the embedding that every recurrence receives, or replaces the MLPs of the core. The code is written to be
+read, not for speed: experts run in a loop, there is no cache, and the model does not sample its own depth.
 
-Shape suffixes:
-    B batch        S sequence       D width           V padded vocabulary
-    H query heads  G key heads      K head width      F MLP hidden width
-    T tokens, B*S  E routed experts A experts a token M expert hidden width
+The name of an array ends in its shape, one letter per axis:
+
+    B  batch                      S  sequence                   D  model width
+    V  vocabulary                 F  MLP hidden width           K  head width
+    H  query heads                G  key and value heads        T  tokens, B times S
+    E  routed experts             A  experts per token          M  expert hidden width
 
 "At least float32" is `promote_types(dtype, float32)`, so that the whole model also runs in float64.
 """
@@ -30,7 +32,7 @@ IGNORED_LABEL = -100
 
 @dataclass
 class RoutingStatistics:
-    """What the router did. Over several calls (placement "core") counts are summed and the rest is averaged."""
+    """Routing statistics. Over several calls (placement "core") counts are summed and the rest is averaged."""
 
     counts_E: Tensor  # assignments that each expert received
     first_choice_E: Tensor  # tokens that each expert was the first choice of
@@ -333,7 +335,7 @@ class MoEHuginnModel(nn.Module):
         )
 
     def _recurrence(self, s_BSD: Tensor, e_BSD: Tensor) -> tuple[Tensor, list[RoutingStatistics]]:
-        """s_i = core(adapter(concat[s_{i-1}, e])): the state stands first."""
+        """s_i = core(adapter(concat[s_{i-1}, e])), with the state in the first half."""
         return self._blocks("core_block", self.transformer["adapter"](torch.cat([s_BSD, e_BSD], dim=-1)))
 
     def _blocks(self, name: str, x_BSD: Tensor) -> tuple[Tensor, list[RoutingStatistics]]:

@@ -1,14 +1,18 @@
 """The model: blocks, Mixture of Experts, recurrence, and MoE-Huginn as a whole.
 
-Names of arrays end in their shape, a letter per axis, here and in `ops`, `parallel` and `training`:
+The name of an array ends in its shape, one letter per axis. These are the letters of `ops`, `parallel`, `model`,
+`inference` and `training`; a lower-case letter is a part of its upper-case axis, and a digit is an axis of that size:
 
-    B batch (rows)          D width                    E routed experts             U micro-batches
-    S sequence              H query heads              A experts active per token   Z devices along a mesh axis
-    T tokens, B times S     G key and value heads      M expert hidden width        R recurrences
-    V vocabulary            K head width               C slots per expert           P blocks of assignments
-    L positions of a cache  J rotary pairs, K / 2      N assignments, T times A
-    F MLP hidden width
+    B  batch                      S  sequence                   D  model width
+    V  vocabulary                 F  MLP hidden width           K  head width
+    H  query heads                G  key and value heads        J  rotary pairs, K / 2
+    T  tokens, B times S          N  assignments, T times A     P  blocks of assignments
+    E  routed experts             A  experts per token          M  expert hidden width
+    C  slots per expert           L  positions of a cache       R  recurrences
+    U  micro-batches              Z  devices of a mesh axis
 
-A lower-case letter is a part of the upper-case axis: e experts of this device, s positions of a chunk, t tokens of a
-block, n assignments of a block, r recurrences that a cache keeps apart. A digit is an axis of that size.
+    s  positions of one chunk     h  query heads per key head   n  assignments of one block
+    e  experts of one device      r  recurrences kept apart by a cache
+
+Inside the program of one device, B and T are its own sequences and tokens.
 """

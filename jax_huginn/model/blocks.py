@@ -1,7 +1,7 @@
 """The dense parts: norm, attention, gated MLP and the sandwich block (arXiv 2502.05171, section 3.2).
 
-Modules hold parameters in `model.param_dtype`; the model casts them to `model.dtype` before it runs, so the code here
-computes in the type of its inputs.
+Parameters are stored in `model.param_dtype` and cast to `model.dtype` by the model, so the code here computes in the
+type of its inputs.
 """
 
 from typing import NamedTuple
@@ -22,16 +22,16 @@ from jax_huginn.ops.swiglu import swiglu
 
 
 class Positions(NamedTuple):
-    """Where the tokens of a call lie in their sequences."""
+    """Positions of the tokens of a call."""
 
     angles: jax.Array
-    """Rotary angles, (S,J,2) or, by row, (B,S,J,2)."""
+    """Rotary angles, (S,J,2), or (B,S,J,2) if sequences differ."""
     index_BS: jax.Array | None
-    """Positions counted from 0, wherever there is a cache. Beyond its end lies a token that is not written to it."""
+    """Positions from 0; needed with a cache. A token at a position past the end of the cache is not written to it."""
 
 
 class RMSNorm(nnx.Module):
-    """`x / rms(x) * weight` with a learned weight, 1 at the start."""
+    """`x / rms(x) * weight`, with a learned weight initialised to 1."""
 
     def __init__(self, config: Config):
         self.weight = nnx.Param(jnp.ones(config.model.width, config.model.param_dtype))
@@ -42,7 +42,7 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Causal self-attention with a learned bias on queries and keys and rotary positions."""
+    """Causal self-attention with rotary positions and a learned bias on queries and keys."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         model, dtype = config.model, config.model.param_dtype
@@ -59,12 +59,12 @@ class Attention(nnx.Module):
     def __call__(
         self, x_BSD: jax.Array, at: Positions, kv: KV | None = None, slot: int | jax.Array = 0
     ) -> tuple[jax.Array, KV | None]:
-        """The output (B,S,D), and the cache, if there is one, with these tokens' keys and values in a slot."""
+        """The output (B,S,D), and the cache, if given, with the keys and values of these tokens written to a slot."""
         q_BSHK, k_BSGK, v_BSGK = self.project(x_BSD)
         q_bias, k_bias = self.qk_bias[...]
         q_BSHK = apply_rope(q_BSHK + q_bias, at.angles)
         if kv is None:
-            # The bias has a row per query head, for keys too, so they are copied to all heads before it is added.
+            # The key bias too has a row per query head, so keys are copied to all heads before it is added.
             k_BSHK = apply_rope(self.to_all_heads(k_BSGK) + k_bias, at.angles)
             y_BSHK = self.causal(q_BSHK, k_BSHK, v_BSGK)
         else:
@@ -72,7 +72,7 @@ class Attention(nnx.Module):
         return checkpoint_name(y_BSHK.reshape(*x_BSD.shape[:2], -1) @ self.w_out[...], "matmul"), kv
 
     def project(self, x_BSD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries (B,S,H,K), keys and values (B,S,G,K), without bias and position."""
+        """Queries (B,S,H,K), keys and values (B,S,G,K), before bias and rotation."""
         batch, length, _ = x_BSD.shape
         fused = checkpoint_name(x_BSD @ self.w_qkv[...], "matmul")
         edges = (self.heads * self.head_dim, (self.heads + self.kv_heads) * self.head_dim)
@@ -80,10 +80,10 @@ class Attention(nnx.Module):
         return q, k, v
 
     def cached(self, q_BSHK, k_BSGK, v_BSGK, k_bias_1HK, at: Positions, kv: KV, slot) -> tuple[jax.Array, KV]:
-        """Attention over the cache once these tokens are in it.
+        """Attention over the cache, to which these tokens are written first.
 
-        With a key head per query head the cache holds rope(k + bias). With fewer it holds rope(k) and the bias is
-        added when it is read, which is the same since a rotation is linear.
+        The cache holds rope(k + bias) if every query head has its own key head. Otherwise it holds rope(k), and
+        rope(bias) is added when the cache is read, which is equal because rotation is linear.
         """
         grouped, bias_LHK = self.kv_heads < self.heads, None
         k_BSGK = apply_rope(k_BSGK if grouped else k_BSGK + k_bias_1HK, at.angles)
@@ -92,7 +92,7 @@ class Attention(nnx.Module):
         if grouped:
             angles_LJ2 = jnp.asarray(rope_table(kv.length, self.head_dim, self.rope_base))
             bias_LHK = apply_rope(jnp.broadcast_to(k_bias_1HK, (1, kv.length, *k_bias_1HK.shape[1:])), angles_LJ2)[0]
-        if q_BSHK.shape[1] == kv.length:  # every position of the cache asks: the kernels of a whole sequence serve
+        if q_BSHK.shape[1] == kv.length:  # queries at every position: use the kernels for whole sequences
             k_BLHK = self.to_all_heads(k_BLGK) if bias_LHK is None else self.to_all_heads(k_BLGK) + bias_LHK
             return self.causal(q_BSHK, k_BLHK, v_BLGK), kv
         return cached_attention(q_BSHK, k_BLGK, v_BLGK, at.index_BS, bias_LHK), kv
@@ -106,7 +106,7 @@ class Attention(nnx.Module):
 
 
 class GatedMLP(nnx.Module):
-    """`w_proj(silu(gate) * up)`, gate and up from one matrix, gate first."""
+    """`w_proj(silu(gate) * up)`; one matrix yields [gate | up]."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         width, hidden, dtype = config.model.width, config.model.mlp_width, config.model.param_dtype
@@ -119,7 +119,7 @@ class GatedMLP(nnx.Module):
 
 
 class SandwichBlock(nnx.Module):
-    """`x = norm_2(attn(norm_1(x)) + x); x = norm_4(mlp(norm_3(x)) + x)`, with a MoE in place of the MLP if asked."""
+    """`x = norm_2(attn(norm_1(x)) + x); x = norm_4(mlp(norm_3(x)) + x)`, where `moe` replaces the MLP by a MoE."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs, *, moe: bool = False):
         self.norm_1, self.norm_2, self.norm_3, self.norm_4 = (RMSNorm(config) for _ in range(4))
@@ -130,7 +130,7 @@ class SandwichBlock(nnx.Module):
     def __call__(
         self, x_BSD: jax.Array, at: Positions, kv: KV | None = None, slot: int | jax.Array = 0
     ) -> tuple[jax.Array, Routing | None, KV | None]:
-        """The output (B,S,D), the routing statistics of a MoE, and the cache as attention left it."""
+        """The output (B,S,D), the routing statistics of a MoE, and the updated cache."""
         y_BSD, kv = self.attn(self.norm_1(x_BSD), at, kv, slot)
         x_BSD = self.norm_2(y_BSD + x_BSD)
         y_BSD, routing = self.feed_forward(self.norm_3(x_BSD))

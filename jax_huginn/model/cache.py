@@ -1,7 +1,7 @@
-"""Keys and values that attention keeps between calls, so that a new token costs one position.
+"""Key/value cache, so that a new token costs one position instead of the whole sequence.
 
-A block's attention has r slots. The core writes recurrence i into one slot and reads that slot again, so r slots keep r
-recurrences apart and fewer are shared between them. Prelude and coda have one slot.
+Every block of the core has r slots. A recurrence writes its keys and values to one slot and reads that slot, so as many
+slots as recurrences keep all of them apart, and fewer slots are shared. Blocks of prelude and coda have one slot.
 """
 
 from typing import NamedTuple
@@ -12,20 +12,26 @@ from jax import lax
 
 
 class KV(NamedTuple):
-    """Keys, already turned by their positions, and values of one block's attention."""
+    """Rotated keys, and values, of one block's attention."""
 
     k_rBLGK: jax.Array
     v_rBLGK: jax.Array
 
     @property
     def length(self) -> int:
-        """Positions there is room for (L)."""
+        """Number of positions (L)."""
         return self.k_rBLGK.shape[2]
 
     def write(self, slot: int | jax.Array, index_BS: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array) -> "KV":
-        """With these positions of a slot replaced; `slot` is one for all rows or (B,). An index of L or more writes
-        nothing, which is how a row that has stopped keeps what it has."""
-        if k_BSGK.shape[1] == self.length and self.k_rBLGK.shape[0] == 1:  # all positions, hence a choice in place
+        """A copy with these positions of a slot replaced.
+
+        Args:
+            slot: one for all rows, or (B,).
+            index_BS: the positions. Nothing is written at an index of L or more, so rows that have stopped are kept.
+        """
+        if (
+            k_BSGK.shape[1] == self.length and self.k_rBLGK.shape[0] == 1
+        ):  # all positions: a select in place of a scatter
             kept = (index_BS >= self.length)[..., None, None]
             return KV(*(jnp.where(kept, old, new) for old, new in zip(self, (k_BSGK[None], v_BSGK[None]), strict=True)))
         rows_B1 = jnp.arange(k_BSGK.shape[0])[:, None]
@@ -34,7 +40,7 @@ class KV(NamedTuple):
         return KV(self.k_rBLGK.at[at].set(k_BSGK, mode="drop"), self.v_rBLGK.at[at].set(v_BSGK, mode="drop"))
 
     def read(self, slot: int | jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Keys and values (B,L,G,K) of a slot; a slot per row, (B,), is a gather and so a copy."""
+        """Keys and values (B,L,G,K) of a slot; a slot per row, (B,), costs a gather."""
         if self.k_rBLGK.shape[0] == 1:
             return self.k_rBLGK[0], self.v_rBLGK[0]
         if jnp.ndim(slot) == 0:
@@ -45,7 +51,7 @@ class KV(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """What all blocks keep."""
+    """The caches of all blocks."""
 
     prelude: tuple[KV, ...]
     core: tuple[KV, ...]

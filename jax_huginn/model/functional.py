@@ -1,4 +1,4 @@
-"""NNX modules as plain functions of their parameters, for JAX's own transforms."""
+"""NNX modules as plain functions of their parameters, for use under JAX's own transforms."""
 
 from typing import Any, TypeVar
 
@@ -19,5 +19,5 @@ def params_of(module: nnx.Module) -> Any:
 
 
 def with_params(module: _Module, params: Any) -> _Module:
-    """The module with other parameters, which may be tracers or abstract; the given one is left as it is."""
+    """A copy of the module with other parameters, which may be tracers or abstract."""
     return nnx.merge(nnx.split(module)[0], params)

@@ -42,15 +42,15 @@ class TrainingLoss:
     log_ppl: jax.Array
     """Mean cross-entropy in nats over the labels that are not -100."""
     moe: Routing | None
-    """Routing statistics; None for a dense model. In placement "core", of the steps with gradient."""
+    """Routing statistics; None for a dense model. With placement "core", only of the steps with gradient."""
     recurrence: dict[str, jax.Array]
-    """Scalars of the last step: residual, relative residual, state norm, token correlations."""
+    """Scalars of the last recurrence, see `recurrence_statistics`."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class HuginnOutput:
-    """The result of a forward pass; fields shared with `TrainingLoss` mean the same."""
+    """The result of a forward pass; fields shared with `TrainingLoss` have the same meaning."""
 
     logits: jax.Array
     """(B,S,V), at least float32."""
@@ -64,7 +64,7 @@ class HuginnOutput:
 
 
 class Hidden(NamedTuple):
-    """A forward pass up to the head."""
+    """The result of everything before the head."""
 
     y_BSD: jax.Array
     """The coda's output after norm_f."""
@@ -77,11 +77,11 @@ class MoEHuginnModel(nnx.Module):
     """The model as a module; `functional.split` it to run it under plain JAX transforms.
 
     `__call__` and `training_loss` compute in `model.dtype` whatever the type of the parameters. The verbs compute in
-    the type that the parameters have: `cast` them first.
+    the type of the parameters; call them on the result of `cast`.
 
     Args:
-        config: its sections `model`, `moe`, `recurrence` and `compute` are read.
-        seed: of the weights; `config.train.seed` by default.
+        config: the whole config; sections `model`, `moe`, `recurrence`, `compute` and `parallel` are read.
+        seed: seed of the initial weights, `config.train.seed` by default.
     """
 
     def __init__(self, config: Config, seed: int | None = None):
@@ -116,11 +116,11 @@ class MoEHuginnModel(nnx.Module):
 
         Args:
             tokens_BS: int32 (B,S), S at most `model.max_length`.
-            num_steps: (n, k): n recurrences without and k with gradient; n may be traced, k is static. Default: the
-                mean depth, `recurrence.gradient_steps` of it with gradient.
-            initial_state: s_0, (B,S,D) or broadcastable. Default: `initializers.fixed_state` of seed 0, the same for
-                every row and batch, so that scores are reproducible.
-            labels: (B,S), the next token at every position already; -100 is ignored.
+            num_steps: (n, k), recurrences without and with gradient; n may be traced, k is static. Default: the mean
+                depth, with `recurrence.gradient_steps` as k.
+            initial_state: s_0, (B,S,D) or broadcastable. Default: `initializers.fixed_state` of seed 0, which is the
+                same for every row and batch size, so that scores are reproducible.
+            labels: (B,S), already the next tokens; -100 is ignored.
         """
         recurrence = self.config.recurrence
         n, k = num_steps or (recurrence.mean - recurrence.gradient_steps, recurrence.gradient_steps)
@@ -137,8 +137,8 @@ class MoEHuginnModel(nnx.Module):
     ) -> TrainingLoss:
         """The loss at a given depth, without logits.
 
-        Where k is traced, one compilation serves every k from 1 to `recurrence.backprop_depth`; it recomputes whole
-        recurrences whatever `compute.remat` says. A static k of 0 serves validation.
+        With a traced k one compilation serves every k from 1 to `recurrence.backprop_depth`; its backward pass
+        recomputes whole recurrences, whatever `compute.remat` is. Validation passes a static k of 0.
         """
         model = self.cast()
         hidden = model.hidden(tokens_BS, n, k, initial_state)
@@ -146,11 +146,11 @@ class MoEHuginnModel(nnx.Module):
         return TrainingLoss(loss, log_ppl, hidden.routing, hidden.recurrence)
 
     def cast(self) -> "MoEHuginnModel":
-        """A view of the model whose parameters are in `model.dtype`, see `cast_params`."""
+        """A view of the model with parameters in `model.dtype`, see `cast_params`."""
         return functional.with_params(self, cast_params(functional.params_of(self), self.config.model.dtype))
 
     def hidden(self, tokens_BS: jax.Array, n: Depth, k: Depth, initial_state: jax.Array) -> Hidden:
-        """Everything up to the head, without a cache."""
+        """Everything before the head, without a cache."""
         at = self.positions(tokens_BS.shape[1])
         model = self._with_whole_core()
         injected_BSD, routing, _ = model.inject(tokens_BS, at)
@@ -172,7 +172,7 @@ class MoEHuginnModel(nnx.Module):
     # ---- The verbs --------------------------------------------------------------------------------------------------
 
     def positions(self, index: int | jax.Array) -> Positions:
-        """The first `index` positions, or those of an integer array (B,S), to be passed to the verbs.
+        """Positions to pass to the verbs: the first `index`, or those in an integer array (B,S).
 
         Angles are in at least float32.
         """
@@ -188,9 +188,9 @@ class MoEHuginnModel(nnx.Module):
     def inject(
         self, tokens_BS: jax.Array, at: Positions, cache: Cache | None = None
     ) -> tuple[jax.Array, Routing | None, Cache | None]:
-        """What every recurrence receives of the tokens: prelude, the MoE placed here, the adapter's lower half.
+        """The input that all recurrences share, from the tokens: prelude, injection MoE, lower half of the adapter.
 
-        concat[s, e] @ adapter = s @ upper half + e @ lower half, and the second term is the same in every recurrence.
+        concat[s, e] @ adapter = s @ upper half + e @ lower half, and the second term is constant over recurrences.
         """
         routing = None
         with jax.named_scope("prelude"):
@@ -216,8 +216,8 @@ class MoEHuginnModel(nnx.Module):
         """One recurrence: the adapter and the core.
 
         Args:
-            slot: of the cache, where this recurrence's keys and values are written and then read.
-            weights: as `recurrent_weights` gives them, for a caller that differentiates or freezes them on its own.
+            slot: slot of the cache to which this recurrence's keys and values are written and from which they are read.
+            weights: the result of `recurrent_weights`, for a caller that differentiates or freezes them separately.
         """
         state_half_DD, core = weights or self.recurrent_weights()
         routings, kept = [], []
@@ -233,7 +233,7 @@ class MoEHuginnModel(nnx.Module):
         return x_BSD, routing, cache and cache._replace(core=tuple(kept))
 
     def recurrent_weights(self) -> Any:
-        """What `recur` computes with: the adapter's upper half, which reads the state, and the core's parameters."""
+        """The weights of `recur`: the adapter's upper half, applied to the state, and the parameters of the core."""
         return self.adapter[...][: self.config.model.width], functional.params_of(self.core)
 
     def read_out(
@@ -251,7 +251,7 @@ class MoEHuginnModel(nnx.Module):
         return (y_BSD @ self._whole("wte").T).astype(at_least_float32(y_BSD.dtype))
 
     def loss(self, y_BSD: jax.Array, labels_BS: jax.Array, routing: Routing | None) -> tuple[jax.Array, jax.Array]:
-        """The loss with its auxiliaries, and log_ppl, over all devices; the full logits never exist."""
+        """The loss with its auxiliaries, and log_ppl, over all devices, without materialising the logits."""
         with jax.named_scope("head"):
             mean = jnp.asarray(cross_entropy(y_BSD, self._whole("wte"), labels_BS, self.config.compute.loss_chunk))
             counted = jnp.sum(labels_BS != IGNORE).astype(mean.dtype)
@@ -276,7 +276,7 @@ class MoEHuginnModel(nnx.Module):
         return jax.checkpoint(function, policy=remat.POLICIES[self.config.compute.remat])
 
     def _remat(self, module: nnx.Module):
-        """The module as a function whose backward pass recomputes what `compute.remat` says."""
+        """The module as a function whose backward pass recomputes activations according to `compute.remat`."""
         run = self._checkpoint(lambda params, *inputs: functional.with_params(module, gathered(params))(*inputs))
         return partial(run, functional.params_of(module))
 
@@ -284,7 +284,7 @@ class MoEHuginnModel(nnx.Module):
         return gathered({name: getattr(self, name)[...]})[name]
 
     def _with_whole_core(self) -> "MoEHuginnModel":
-        """A view of the model whose adapter and core are gathered, once for all recurrences."""
+        """A view of the model with adapter and core gathered once for all recurrences."""
         params = functional.params_of(self)
         return functional.with_params(self, params | gathered({name: params[name] for name in ("adapter", "core")}))
 
@@ -294,5 +294,5 @@ def _caches(caches: tuple[KV, ...] | None, blocks: int) -> tuple[KV | None, ...]
 
 
 def abstract_model(config: Config) -> tuple[nnx.GraphDef, Any]:
-    """The model's structure and the shapes of its parameters, without allocating any."""
+    """The structure of the model and the shapes of its parameters; allocates nothing."""
     return functional.split(nnx.eval_shape(lambda: MoEHuginnModel(config)))

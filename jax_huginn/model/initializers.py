@@ -14,12 +14,12 @@ from jax_huginn.config.schema import Config
 Initializer = Callable[[jax.Array, tuple[int, ...], jax.typing.DTypeLike], jax.Array]
 
 STATE_STD = math.sqrt(2 / 5)
-"""Std of s_0 before its truncation at three of them: sqrt(D) * sqrt(2 / (5 D)), whatever the width."""
+"""Std of s_0 before truncation at 3 std: sqrt(D) * sqrt(2 / (5 D)), independent of the width."""
 ROUTER_STD = 0.02
 
 
 def truncated_normal(std: float) -> Initializer:
-    """Normal of that std, cut at three of them on both sides."""
+    """Normal of this std, truncated at 3 std on both sides; the realised std is 0.987 of it."""
 
     def initialize(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
         return std * jax.random.truncated_normal(key, -3, 3, shape, dtype)
@@ -28,12 +28,12 @@ def truncated_normal(std: float) -> Initializer:
 
 
 def matrix(config: Config) -> Initializer:
-    """Every matrix that is not an output projection, the embedding too: std sqrt(2 / (5 D))."""
+    """For every matrix except output projections, the embedding included: std sqrt(2 / (5 D))."""
     return truncated_normal(math.sqrt(2 / (5 * config.model.width)))
 
 
 def output_projection(config: Config) -> Initializer:
-    """The last matrix of attention, MLP or expert: a matrix's std over sqrt(2 L), L the effective depth."""
+    """For the last matrix of a residual branch: the std of `matrix` over sqrt(2 x effective depth)."""
     model = config.model
     depth = model.prelude_layers + model.core_layers * config.recurrence.mean + model.coda_layers
     return truncated_normal(math.sqrt(2 / (5 * model.width)) / math.sqrt(2 * depth))
@@ -45,7 +45,7 @@ def router(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) 
 
 @functools.lru_cache(maxsize=1)
 def _state_quantiles() -> np.ndarray:
-    """The 2**16 equally likely values of s_0 in training, float32: evenly spaced quantiles of its law."""
+    """The 2**16 equally likely values of s_0 in training, float32: evenly spaced quantiles of its distribution."""
     normal = statistics.NormalDist()
     lowest = normal.cdf(-3)
     shares = lowest + (1 - 2 * lowest) * (np.arange(2**16) + 0.5) / 2**16
@@ -55,10 +55,10 @@ def _state_quantiles() -> np.ndarray:
 def random_state(
     key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike, first_row: int | jax.Array = 0
 ) -> jax.Array:
-    """s_0 for training, shape (B,S,D), of the global rows from `first_row` on.
+    """s_0 for training, (B,S,D), of the global rows starting at `first_row`.
 
-    Every row has random bits of its own, so that a device draws its rows alone, and the bits pick from a table, so that
-    no rounding is left to the compiler: the state is the same bit for bit on every mesh, device and version.
+    The state is bitwise the same on every mesh, device and version: each row has its own random bits, so a device can
+    draw its rows alone, and the bits index a table, so the compiler has nothing to round.
     """
     rows = first_row + jnp.arange(shape[0], dtype=jnp.uint32)
     bits = jax.vmap(lambda row: jax.random.bits(jax.random.fold_in(key, row), shape[1:], jnp.uint16))(rows)
@@ -67,10 +67,10 @@ def random_state(
 
 @functools.lru_cache(maxsize=4)
 def fixed_state(seed: int, length: int, width: int, start: int = 0) -> np.ndarray:
-    """s_0 outside training, shape (length, D), float32, for the absolute positions from `start` on.
+    """s_0 outside training, (length,D), float32, for the absolute positions starting at `start`.
 
-    A row depends on (seed, position) alone, so a score does not depend on batch, padding or caching. The same recipe
-    stands in `torch_reference/initial_state.py`, in NumPy too, and a parity test compares them bit for bit.
+    A row depends on (seed, position) alone, so scores are independent of batch, padding and caching.
+    `torch_reference/initial_state.py` holds the same recipe, also in NumPy; a parity test compares them bitwise.
     """
     rows = np.empty((length, width), np.float32)
     for row, position in enumerate(range(start, start + length)):

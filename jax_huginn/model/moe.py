@@ -1,7 +1,4 @@
-"""Shared-expert Mixture of Experts and its routing statistics.
-
-Shapes: B batch, S sequence, T = B*S tokens, D width, E routed experts, A experts per token, M expert hidden width.
-"""
+"""Shared-expert Mixture of Experts and its routing statistics."""
 
 from __future__ import annotations
 
@@ -23,22 +20,22 @@ from jax_huginn.parallel.mesh import batch_mean, batch_sum
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """What the router did with the tokens, of all devices, of one or, averaged, of several calls."""
+    """Routing statistics over all devices, for one call or averaged over several."""
 
     counts_E: jax.Array
-    """Assignments that each expert received."""
+    """Number of assignments to each expert; summed over calls, not averaged."""
     first_choice_E: jax.Array
-    """Tokens whose highest logit was this expert's."""
+    """Number of tokens for which this expert had the highest logit; summed over calls."""
     probability_E: jax.Array
-    """Mean over tokens of the full softmax (P)."""
+    """P, the mean over tokens of the full softmax."""
     entropy: jax.Array
-    """Mean over tokens of the full softmax's entropy, nats."""
+    """Mean over tokens of the entropy of the full softmax, nats."""
     balance_loss: jax.Array
-    """E * sum_i f_i P_i, f the share of assignments; 1 when balanced."""
+    """E * sum_i f_i P_i, with f the shares of assignments; 1 when balanced."""
     z_loss: jax.Array
     """Mean over tokens of the squared logsumexp of the logits."""
     dropped: jax.Array
-    """Assignments that a dispatch of limited capacity dropped."""
+    """Number of assignments dropped by a dispatch of limited capacity; summed over calls."""
 
     @classmethod
     def zeros(cls, experts: int, dtype: jax.typing.DTypeLike) -> Routing:
@@ -47,16 +44,16 @@ class Routing:
 
     @classmethod
     def combine(cls, parts: list[Routing]) -> Routing:
-        """One record of several calls: counts add up, means and losses are averaged."""
+        """Several calls as one record: counts are summed, means and losses averaged."""
         return cls.total(jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts))
 
     @classmethod
     def total(cls, stacked: Routing) -> Routing:
-        """Like `combine`, of records stacked on a leading axis."""
+        """`combine` for records stacked along a leading axis."""
         return jax.tree.map(lambda leaf: leaf.sum(axis=0), stacked).averaged(stacked.entropy.shape[0])
 
     def averaged(self, calls: int | jax.Array) -> Routing:
-        """The record of `calls` calls from the sum of theirs."""
+        """The combined record of `calls` calls, from the sum of their records."""
         means = jax.tree.map(lambda leaf: leaf / calls, self)
         return dataclasses.replace(
             means, counts_E=self.counts_E, first_choice_E=self.first_choice_E, dropped=self.dropped
@@ -64,10 +61,9 @@ class Routing:
 
 
 def route(x_TD: jax.Array, router_DE: jax.Array, active: int) -> tuple[jax.Array, jax.Array, Routing]:
-    """The top-A experts of each token on the logits, and the softmax over those A logits.
+    """The top-A experts of each token by logit, the softmax over these A logits, and statistics over all devices.
 
-    Returns the experts (T,A) int32, best first, their weights (T,A) and the statistics, all in at least float32. On a
-    mesh T are one device's tokens, the statistics those of all devices.
+    Returns the experts (T,A) int32, best first, their weights (T,A) and the statistics, both in at least float32.
     """
     dtype = at_least_float32(x_TD.dtype)
     experts = router_DE.shape[1]
@@ -91,7 +87,7 @@ def route(x_TD: jax.Array, router_DE: jax.Array, active: int) -> tuple[jax.Array
 
 
 class Expert(nnx.Module):
-    """A SwiGLU expert, or a stack of them where `experts` is given: w_down(silu(w_gate x) * (w_up x))."""
+    """A SwiGLU expert, w_down(silu(w_gate x) * (w_up x)), or a stack of them if `experts` is given."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs, experts: tuple[int, ...] = ()):
         width, hidden, dtype = config.model.width, config.moe.width, config.model.param_dtype

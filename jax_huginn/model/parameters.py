@@ -1,4 +1,4 @@
-"""What every parameter is, by the last name of its path: how it is sharded, optimised and computed with."""
+"""The table of parameters, by the last name of their path: sharding, optimiser group and compute type."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -10,14 +10,14 @@ Group = Literal["vector", "embedding", "router", "matrix", "expert stack"]
 
 
 class Parameter(NamedTuple):
-    """One kind of parameter."""
+    """A kind of parameter."""
 
     axes: tuple[str, ...]
-    """Logical axes, which `model.sharding` maps to the mesh; a stack of experts has one more in front."""
+    """Logical axes, which `model.sharding` maps to mesh axes; a stack of experts has another one in front."""
     group: Group
-    """What the optimiser takes it for: weight decay skips vectors, Muon takes matrices and stacks."""
+    """The optimiser's group: vectors are not decayed, Muon updates matrices and expert stacks."""
     precise: bool = False
-    """Computed with in at least float32 whatever `model.dtype` is."""
+    """Cast to at least float32 whatever `model.dtype` is."""
 
 
 PARAMETERS = {
@@ -40,7 +40,7 @@ def parameter_of(path: Any) -> Parameter:
     """The table's entry for the array at a path of `jax.tree_util`.
 
     Raises:
-        KeyError: a name that is not in the table.
+        KeyError: the name is not in the table.
     """
     names = names_of(path)
     if names[-1] not in PARAMETERS:
@@ -54,12 +54,12 @@ def parameter_of(path: Any) -> Parameter:
 
 
 def group_of(path: Any) -> Group:
-    """What the optimiser takes the parameter at a path for."""
+    """The optimiser's group of the parameter at a path."""
     return parameter_of(path).group
 
 
 def cast_params(params: Any, dtype: jax.typing.DTypeLike) -> Any:
-    """Parameters in the type to compute with: `dtype`, and for a router at least float32."""
+    """Parameters cast to `dtype`, the router's to at least float32."""
     precise = at_least_float32(dtype)
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf.astype(precise if parameter_of(path).precise else dtype), params
@@ -67,5 +67,5 @@ def cast_params(params: Any, dtype: jax.typing.DTypeLike) -> Any:
 
 
 def names_of(path: Any) -> list[str]:
-    """The names along a path: keys, attributes and indices alike."""
+    """The keys, attributes and indices along a path, as strings."""
     return [str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", "")))) for entry in path]

@@ -1,8 +1,8 @@
 """Iterating the core: n steps without gradient, then k steps with (arXiv 2502.05171, section 3.3).
 
-One compilation serves every sampled depth: the n steps are a `lax.fori_loop` with a traced bound. So are the k steps
-where k is traced, with a gradient of their own; where k is static they are a `lax.scan` that autodiff sees through. A
-scan to a maximal depth, or a `where(stop_gradient)` over all steps, would pay for every step on every draw.
+One compilation serves every sampled depth. The n steps are a `lax.fori_loop` with a traced bound. So are the k steps if
+k is traced, with a gradient of their own; if k is static they are a `lax.scan`, or unrolled, and autodiff sees through.
+A scan to the largest depth, or `where(stop_gradient)` over all steps, would pay for every step on every draw.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from jax_huginn.ops.norm import at_least_float32
 
 Depth = int | jax.Array
 Step = Callable[[Any, jax.Array], tuple[jax.Array, Routing | None]]
-"""step(inputs, s) -> (next s, routing); `inputs` is what every recurrence reads: weights and the injected embedding."""
+"""step(inputs, s) -> (next s, routing); `inputs` are the weights and the injected embedding, read by every step."""
 
 # Number of unrolled steps whose weight gradients are summed together. Larger groups save memory traffic (summing 8
 # gradients moves 9 core-sized arrays in one group, 11 in fours, 15 in pairs, 21 singly) but keep more gradients alive.
@@ -26,18 +26,18 @@ SUMMED_AT_ONCE = 4
 
 
 class Plan(NamedTuple):
-    """How the steps with gradient are computed, whatever their number."""
+    """How the steps with gradient are computed, for any k."""
 
     most: int
-    """Largest k, where k is traced."""
+    """Upper bound of a traced k."""
     checkpoint: Callable[[Callable], Callable]
-    """A `jax.checkpoint` of some policy, around every step where k is static."""
+    """`jax.checkpoint` with a policy; wraps every step if k is static."""
     unroll: bool
-    """Write a static number of steps out one after the other rather than as a scan."""
+    """Unroll a static number of steps instead of scanning over them."""
 
 
 class Recurrence(NamedTuple):
-    """The state after the last recurrence, and what the steps with gradient reported."""
+    """The state after the last recurrence, with the statistics of the steps with gradient."""
 
     state_BSD: jax.Array
     routing: Routing | None
@@ -46,10 +46,10 @@ class Recurrence(NamedTuple):
 
 
 def iterate(step: Step, inputs: Any, state_BSD: jax.Array, n: Depth, k: Depth, plan: Plan) -> Recurrence:
-    """Run `step` n + k times; gradients flow through the last k.
+    """Run `step` n + k times, with gradients through the last k.
 
-    `n` may be traced. A static k, which may be 0, is a scan over checkpointed steps, or these written out. A traced k,
-    from 1 to `plan.most`, is a loop whose backward pass keeps only the states and recomputes one step at a time.
+    n may be traced. A static k, 0 included, is a scan over checkpointed steps or its unrolled form. A traced k, from 1
+    to `plan.most`, is a loop that keeps only the states and recomputes one step at a time in the backward pass.
     """
     frozen = lax.stop_gradient(inputs)
     state_BSD = lax.stop_gradient(state_BSD)
@@ -57,7 +57,7 @@ def iterate(step: Step, inputs: Any, state_BSD: jax.Array, n: Depth, k: Depth, p
     def frozen_step(state):
         return step(frozen, state)[0]
 
-    if isinstance(k, int) and k == 0:  # evaluation: the last step is one without gradient
+    if isinstance(k, int) and k == 0:  # evaluation: the residual is that of a step without gradient
         state_BSD, previous_BSD = lax.fori_loop(
             0, n, lambda _, states: (frozen_step(states[0]), states[0]), (state_BSD, state_BSD)
         )
@@ -77,7 +77,7 @@ def iterate(step: Step, inputs: Any, state_BSD: jax.Array, n: Depth, k: Depth, p
     if plan.unroll:
         every_step = []
         for index in range(k):
-            if (k - index) % SUMMED_AT_ONCE == 0:  # the gradients of the steps from here on are added up
+            if (k - index) % SUMMED_AT_ONCE == 0:  # sum the gradients of the steps from here to the end
                 inputs, state_BSD = _backward_in_order(inputs, state_BSD)
             state_BSD, seen = checkpointed(*_backward_in_order(inputs, state_BSD))
             every_step.append(seen)
@@ -91,8 +91,8 @@ def iterate(step: Step, inputs: Any, state_BSD: jax.Array, n: Depth, k: Depth, p
 @jax.custom_vjp
 def _backward_in_order(*values: Any):
     """Identity. In the backward pass, a barrier: all gradients accumulated so far must be complete before an earlier
-    step's backward pass starts. Otherwise the compiler postpones weight gradients that nothing waits for, and keeps the
-    activations of many steps alive for them (docs/performance.md)."""
+    step's backward pass starts. Without it the compiler delays weight gradients, since nothing waits for them, and
+    keeps the activations of many steps alive (docs/performance.md)."""
     return values
 
 
@@ -124,7 +124,7 @@ def _loop_forward(step, most, inputs, state_BSD, k):
 
 def _loop_backward(step, most, kept, cotangents):
     inputs, states, k = kept
-    d_state_BSD, d_routing, _ = cotangents  # every step's statistics have the cotangent of their sum
+    d_state_BSD, d_routing, _ = cotangents  # the cotangent of the sum is that of every step's statistics
 
     def backward(index, carry):
         sums, d_state = carry

@@ -1,8 +1,8 @@
-"""What the backward pass keeps of the values within a block, by `compute.remat`; the others it computes again.
+"""Rematerialisation policies by `compute.remat`: which activations the backward pass keeps; it recomputes the others.
 
-The code names what may be kept (`jax.ad_checkpoint.checkpoint_name`): "gate_up", the first matmul of a gated MLP or of
-an expert, which is most of a block's memory; "matmul", the results of the other matmuls as far as a gradient needs
-them; "attention", attention's output.
+Activations that may be kept are named by `jax.ad_checkpoint.checkpoint_name`: "gate_up", the first matmul of a gated
+MLP or expert and most of a block's memory; "matmul", the results of all other matmuls that a gradient needs;
+"attention", the output of attention.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ import jax.extend.core
 
 
 def _statistics(primitive: jax.extend.core.Primitive, *_: Any, **params: Any) -> bool:
-    """Of cuDNN's attention, what its backward pass needs of the softmax; without it the forward kernel runs again."""
+    """Keep the softmax statistics of cuDNN attention; otherwise its forward kernel runs again in the backward pass."""
     return primitive.name.startswith("dot_product_attention_fwd")
 
 

@@ -1,6 +1,6 @@
-"""How parameters, and the optimiser state that belongs to them, are sharded over the mesh.
+"""Sharding of parameters and their optimiser state over the mesh.
 
-A weight is gathered where it is used (`gathered`); the transpose scatters its gradient and adds it up.
+A weight is gathered where it is used (`gathered`); the transpose of the gather is a reduce-scatter of its gradient.
 """
 
 from typing import Any
@@ -12,20 +12,20 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax_huginn.model.parameters import parameter_of
 from jax_huginn.parallel.mesh import AXES, all_gather, inside, several
 
-# From logical axes to mesh axes. An axis without a rule is not split; a mesh axis splits an array once, so a stack of
-# experts has only `fsdp` left for its width. Norms and biases stay whole on every device: they are 0.01 % of the
-# weights, and an exchange costs a small array its latency.
+# Mesh axes of each logical axis. An axis without a rule is not split. A mesh axis splits an array only once, which
+# leaves `fsdp` for the width of a stack of experts. Norms and biases are replicated: they are 0.01 % of the weights,
+# and gathering a small array costs mostly latency.
 RULES: dict[str, tuple[str, ...]] = {"experts": ("expert",), "width": ("fsdp", "expert")}
 
 
 def split_axes(path: Any, leaf: Any) -> tuple[tuple[str, ...], ...]:
     """The mesh axes that split each axis of the array at a path.
 
-    In an optimiser's state, what is kept for a parameter has that parameter's path at its end and is split like it.
-    The optimiser's own fields, such as counters, are whole on every device.
+    An optimiser's state for a parameter ends in the path of that parameter and is split like it. The optimiser's own
+    fields, such as counters, are replicated.
 
     Raises:
-        KeyError: a parameter that is not in the table of `model.parameters`.
+        KeyError: the parameter is not in the table of `model.parameters`.
     """
     if not (path and isinstance(path[-1], jax.tree_util.DictKey)):  # a field of the optimiser, not a parameter
         return ((),) * len(leaf.shape)
@@ -54,9 +54,9 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def gathered(params: Any) -> Any:
-    """Whole weights from this device's parts; of a stack of experts, the whole weights of this device's experts.
+    """Whole weights from their shards on all devices; of a stack of experts, whole weights of this device's experts.
 
-    The transpose adds up the gradients of the devices that share a weight and leaves each device its part.
+    The transpose sums the gradients over the devices that share a weight and leaves each its shard.
     """
 
     def gather(path: Any, leaf: jax.Array) -> jax.Array:
@@ -69,7 +69,7 @@ def gathered(params: Any) -> Any:
 
 
 def summed_gradients(gradients: Any) -> Any:
-    """Gradients of this device's parts of the weights, added up over the devices that hold the same parts."""
+    """Gradients of this device's shards, summed over the devices that hold copies of the same shards."""
 
     def add(path: Any, leaf: jax.Array) -> jax.Array:
         split = {name for names in split_axes(path, leaf) for name in names}

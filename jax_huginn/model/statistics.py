@@ -8,8 +8,13 @@ from jax_huginn.parallel.mesh import batch_mean
 
 
 def recurrence_statistics(state_BSD: jax.Array, y_BSD: jax.Array, residual: jax.Array) -> dict[str, jax.Array]:
-    """Scalars over all devices, without gradients, from the last state, the coda's output and the last step's
-    `residual`, the mean ||s_R - s_{R-1}||."""
+    """Scalars over all devices, without gradients.
+
+    Args:
+        state_BSD: s_R, the last state.
+        y_BSD: the coda's output after norm_f.
+        residual: mean of ||s_R - s_{R-1}|| over this device's tokens.
+    """
     state, y = (jax.lax.stop_gradient(x).astype(at_least_float32(x.dtype)) for x in (state_BSD, y_BSD))
     norm = batch_mean(jnp.linalg.norm(state, axis=-1).mean())
     residual = batch_mean(residual)
@@ -23,7 +28,7 @@ def recurrence_statistics(state_BSD: jax.Array, y_BSD: jax.Array, residual: jax.
 
 
 def _token_correlation(x_BSD: jax.Array) -> jax.Array:
-    """Mean correlation between different tokens of a sequence; near 1 the state has collapsed.
+    """Mean correlation between different tokens of a sequence; near 1 if the state has collapsed.
 
     The mean of all pairwise products of unit vectors is the squared norm of their mean.
     """

@@ -1,6 +1,6 @@
-"""Attention: causal over a whole sequence by the library's kernels, or of new tokens over a cache; oracles of both.
+"""Causal attention over a whole sequence and attention of new tokens over a cache, each with its oracle.
 
-Shapes as in `jax_huginn.model`: B batch, S sequence, L positions of a cache, H query heads, G key heads, K head width.
+The letters of shapes are those of `jax_huginn.model`.
 """
 
 from typing import Literal, cast
@@ -13,10 +13,10 @@ from jax_huginn.ops.norm import at_least_float32
 
 
 def causal_attention_oracle(q_BSHK: jax.Array, k_BSHK: jax.Array, v_BSHK: jax.Array) -> jax.Array:
-    """Softmax attention written out, at any precision: `jax.nn.dot_product_attention` keeps its softmax in
-    float32, which leaves float64 results off by 6e-8.
+    """Softmax attention written out. Exact in float64, where `jax.nn.dot_product_attention` is off by 6e-8 because it
+    computes its softmax in float32.
 
-    Heads are moved before positions first: on a CPU XLA's batched matmul is twice as fast in that layout.
+    Heads are transposed in front of positions, a layout in which XLA's batched matmul is twice as fast on CPUs.
     """
     dtype = at_least_float32(q_BSHK.dtype)
     length = q_BSHK.shape[1]
@@ -32,7 +32,8 @@ def causal_attention(
 ) -> jax.Array:
     """softmax(q k^T / sqrt(K)) v under a causal mask, shape (B,S,H,K).
 
-    `implementation`: "xla", "cudnn" (NVIDIA, 16-bit types), "einsum" (the oracle), or "auto", see `resolve`.
+    Args:
+        implementation: "xla", "cudnn" (NVIDIA, 16-bit types), "einsum" (the oracle) or "auto", see `resolve`.
     """
     implementation = resolve(implementation, q_BSHK.dtype, deterministic)
     if implementation == "einsum":
@@ -60,37 +61,39 @@ def cached_attention_oracle(
 def cached_attention(
     q_BSHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array, index_BS: jax.Array, k_bias_LHK: jax.Array | None = None
 ) -> jax.Array:
-    """Attention of queries at positions `index_BS` over cached positions up to their own, shape (B,S,H,K).
+    """Attention of queries at positions `index_BS` over the cached positions up to their own, shape (B,S,H,K).
 
-    Keys and values stay at G heads: a group of H / G queries shares one key head. A bias for every query head,
-    `k_bias_LHK`, adds q . bias to the scores, so that the keys are not copied for it either.
+    Each key head serves its h = H / G query heads without being copied. A key bias per query head, `k_bias_LHK`, enters
+    as q . bias in the scores, which avoids the copies too.
     """
     dtype = at_least_float32(q_BSHK.dtype)
     batch, length, heads, head_dim = q_BSHK.shape
-    q_BSGXK = q_BSHK.reshape(batch, length, k_BLGK.shape[2], -1, head_dim)
-    scores = jnp.einsum("bsgxk,blgk->bgxsl", q_BSGXK, k_BLGK, preferred_element_type=dtype)
+    q_BSGhK = q_BSHK.reshape(batch, length, k_BLGK.shape[2], -1, head_dim)
+    scores = jnp.einsum("bsgnk,blgk->bgxsl", q_BSGhK, k_BLGK, preferred_element_type=dtype)
     scores = scores.reshape(batch, heads, length, -1)
     if k_bias_LHK is not None:
         scores += jnp.einsum("bshk,lhk->bhsl", q_BSHK, k_bias_LHK, preferred_element_type=dtype)
     visible_BSL = jnp.arange(k_BLGK.shape[1]) <= index_BS[:, :, None]
     scores = jnp.where(visible_BSL[:, None], scores * head_dim**-0.5, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BLGK.dtype).reshape(batch, *q_BSGXK.shape[2:4], length, -1)
-    return jnp.einsum("bgxsl,blgk->bsgxk", weights, v_BLGK).reshape(q_BSHK.shape)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BLGK.dtype).reshape(batch, *q_BSGhK.shape[2:4], length, -1)
+    return jnp.einsum("bgxsl,blgk->bsgnk", weights, v_BLGK).reshape(q_BSHK.shape)
 
 
 def resolve(
     implementation: str, dtype: jax.typing.DTypeLike, deterministic: bool = False, maker: str | None = None
 ) -> str:
-    """The kernel that "auto" means for this type on a device of this maker ("cpu", "nvidia", "other"), the default
-    device unless given; other names are returned as they are.
+    """The kernel that "auto" selects; any other name is returned unchanged.
 
-    cuDNN's backward pass is not reproducible, and XLA does not compile it under its flag for deterministic kernels.
+    Args:
+        maker: "cpu", "nvidia" or "other"; that of the default device if None.
+        deterministic: rules out cuDNN, whose backward pass is not reproducible and which XLA refuses to compile under
+            its flag for deterministic kernels.
     """
     if implementation != "auto":
         return implementation
     maker = maker or _maker_of_the_default_device()
     if jnp.dtype(dtype) == jnp.float64 or maker == "cpu":
-        return "einsum"  # on a CPU the library's kernel is slower (docs/decisions.md)
+        return "einsum"  # faster on CPUs than the library's kernel (docs/decisions.md)
     return "cudnn" if maker == "nvidia" and jnp.dtype(dtype).itemsize == 2 and not deterministic else "xla"
 
 

@@ -1,7 +1,7 @@
-"""Cross-entropy of a tied head without the (B,S,V) logits.
+"""Cross-entropy of a tied head that never materialises the (B,S,V) logits.
 
-Shapes: B batch, S sequence, D width, V vocabulary, C positions of a chunk. Labels are the next tokens already;
-`IGNORE` marks positions that do not count.
+Labels are already the next tokens; positions labelled `IGNORE` do not count. The letters of shapes are those of
+`jax_huginn.model`.
 """
 
 from functools import partial
@@ -23,21 +23,21 @@ def token_losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def cross_entropy_oracle(y_BSD: jax.Array, head_VD: jax.Array, labels_BS: jax.Array) -> jax.Array:
-    """Mean loss over the labels that count, by way of the full logits."""
+    """Mean loss over the labels that count, from the full logits."""
     return token_losses(y_BSD @ head_VD.T, labels_BS).sum() / _count(labels_BS, y_BSD.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def cross_entropy(y_BSD: jax.Array, head_VD: jax.Array, labels_BS: jax.Array, chunk: int) -> jax.Array:
-    """Mean loss over the labels that count; at most about `chunk` tokens' logits exist at once.
+    """Mean loss over the labels that count, holding the logits of about `chunk` tokens at a time.
 
-    Chunks run along the sequence, so that a batch sharded over devices stays sharded. Differentiation forms the
-    gradient while the logits are at hand: three matmuls a chunk, where recomputing the logits would take four.
+    The sequence is what is cut, so a batch sharded over devices stays sharded. Under differentiation the forward pass
+    computes the gradient as well, while a chunk's logits exist: three matmuls per chunk instead of four.
     """
 
     def one_chunk(total, chunk_of):
-        y_BCD, labels_BC = chunk_of
-        return total + token_losses(y_BCD @ head_VD.T, labels_BC).sum(), None
+        y_BsD, labels_Bs = chunk_of
+        return total + token_losses(y_BsD @ head_VD.T, labels_Bs).sum(), None
 
     zero = jnp.zeros((), at_least_float32(y_BSD.dtype))
     total, _ = lax.scan(one_chunk, zero, _chunks(y_BSD, labels_BS, chunk))
@@ -50,12 +50,12 @@ def _forward(y_BSD, head_VD, labels_BS, chunk):
 
     def one_chunk(carry, chunk_of):
         total, d_head_VD = carry
-        y_BCD, labels_BC = chunk_of
-        logits = y_BCD @ head_VD.T
-        losses = token_losses(logits, labels_BC)
-        d_logits = jax.nn.softmax(logits.astype(dtype), axis=-1) - jax.nn.one_hot(labels_BC, head_VD.shape[0])
-        d_logits = jnp.where(labels_BC[..., None] == IGNORE, 0, d_logits * scale).astype(y_BCD.dtype)
-        d_head_VD += jnp.einsum("bcv,bcd->vd", d_logits, y_BCD, preferred_element_type=dtype)
+        y_BsD, labels_Bs = chunk_of
+        logits = y_BsD @ head_VD.T
+        losses = token_losses(logits, labels_Bs)
+        d_logits = jax.nn.softmax(logits.astype(dtype), axis=-1) - jax.nn.one_hot(labels_Bs, head_VD.shape[0])
+        d_logits = jnp.where(labels_Bs[..., None] == IGNORE, 0, d_logits * scale).astype(y_BsD.dtype)
+        d_head_VD += jnp.einsum("bcv,bcd->vd", d_logits, y_BsD, preferred_element_type=dtype)
         return (total + losses.sum(), d_head_VD), d_logits @ head_VD
 
     start = (jnp.zeros((), dtype), jnp.zeros(head_VD.shape, dtype))
@@ -74,12 +74,12 @@ cross_entropy.defvjp(_forward, _backward)
 
 
 def _count(labels_BS: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Labels that count, at least 1 so that a batch without any has loss 0."""
+    """Number of labels that count, at least 1, so that a batch without any has loss 0."""
     return jnp.maximum(jnp.sum(labels_BS != IGNORE), 1).astype(at_least_float32(dtype))
 
 
 def _chunks(y_BSD: jax.Array, labels_BS: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
-    """Cut along the sequence into equal pieces, padded with ignored positions: (N,B,C,D) and (N,B,C)."""
+    """Equal pieces of the sequence, the last one padded with ignored positions: (pieces,B,s,D) and (pieces,B,s)."""
     batch, length, width = y_BSD.shape
     pieces = max(1, min(length, -(-batch * length // chunk)))
     size = -(-length // pieces)

@@ -1,13 +1,15 @@
-"""Routed SwiGLU experts: every token through the experts it chose, dropless.
+"""Routed SwiGLU experts without dropped tokens.
 
-Shapes: T tokens, D width, E experts, A experts per token, M expert hidden width, C slots per expert, K tokens of a
-block.
+`grouped_mlp_oracle` runs every expert on every token. `grouped_mlp` gathers up to C tokens for each expert, slightly
+more than an even share, and runs one batched matmul over the experts. An expert's remaining tokens pass through it in
+blocks of n, in a loop whose length is known only at run time. So shapes are static, no token is dropped, and the cost
+grows with the number of tokens rather than with the largest group.
 
-`grouped_mlp_oracle` runs every expert on every token. `grouped_mlp` gathers up to C tokens of each expert, a little
-more than an even share, and runs one batched matmul over the experts. What an expert received beyond C goes through it
-in blocks of K tokens, in a loop whose length is known only at run time: shapes are static, nothing is ever dropped, and
-the cost follows the tokens, not the largest group. The gradient is written by hand: autodiff cannot reverse that loop,
-and would turn each gather into a scatter-add, while dispatch and combine are each other's transpose and both gathers.
+The gradient is written by hand. Autodiff cannot reverse a loop of dynamic length, and it would turn every gather into a
+scatter-add, although dispatch and combine are transposes of each other and can both be gathers.
+
+An assignment is one (token, choice) pair, numbered token by token; T*A, one past the last, means none. The letters of
+shapes are those of `jax_huginn.model`.
 """
 
 import math
@@ -21,15 +23,15 @@ from jax import lax
 
 from jax_huginn.ops.swiglu import expert_mlp, gate_and_up, gated
 
-CAPACITY = 1.125  # slots per expert relative to an even split: a balanced router's largest group is about 1.12
-BLOCKS = 4  # blocks of tokens in an expert's capacity; smaller ones leave a GPU idle
-COUNTED = 128  # assignments that are counted by one row of a triangular matmul
+CAPACITY = 1.125  # slots per expert relative to an even split; a balanced router's largest group is about 1.12
+BLOCKS = 4  # blocks per capacity of an expert; smaller blocks leave a GPU idle
+COUNTED = 128  # assignments counted by one block of a triangular matmul
 
 _T = TypeVar("_T")
 
 
 def grouped_mlp_oracle(x_TD, experts_TA, weights_TA, w_gate_EDM, w_up_EDM, w_down_EMD):
-    """The sum over a token's experts of weight * w_down(silu(w_gate x) * (w_up x)), every expert on every token."""
+    """Sum over a token's experts of weight * w_down(silu(w_gate x) * (w_up x)); every expert runs on every token."""
     gate = jnp.einsum("td,edm->etm", x_TD, w_gate_EDM)
     up = jnp.einsum("td,edm->etm", x_TD, w_up_EDM)
     y_ETD = jnp.einsum("etm,emd->etd", jax.nn.silu(gate) * up, w_down_EMD)
@@ -48,11 +50,11 @@ def grouped_mlp(
     w_down_EMD: jax.Array,
     experts_in_all: int | None = None,
 ) -> jax.Array:
-    """Same result as `grouped_mlp_oracle`, shape (T,D).
+    """The result of `grouped_mlp_oracle`, (T,D); differentiable in everything except `experts_TA`.
 
-    `experts_TA` holds different experts for each token; an entry of E or more is an expert that is not here and adds
-    nothing, as under expert parallelism, where `experts_in_all` says over how many the tokens spread (default: E).
-    Differentiable in everything but `experts_TA`.
+    Args:
+        experts_TA: A different experts per token. An index of E or more, an expert on another device, adds nothing.
+        experts_in_all: number of experts that the tokens are spread over, E by default; it sets the capacity.
     """
     inputs = (x_TD, experts_TA, weights_TA, w_gate_EDM, w_up_EDM, w_down_EMD)
     return _forward(*inputs, experts_in_all)[0]
@@ -67,11 +69,11 @@ def _forward(x_TD, experts_TA, weights_TA, w_gate_EDM, w_up_EDM, w_down_EMD, exp
     y_ECD = gated(gate, up) @ w_down_EMD
     y_TD = jnp.einsum("tad,ta->td", groups.collect(y_ECD), weights)
 
-    def add_block(expert, assignments_K, y_TD):
-        tokens_K = assignments_K // groups.active
-        x_KD = _rows(x_TD, tokens_K)
-        y_KD = expert_mlp(x_KD, w_gate_EDM[expert], w_up_EDM[expert], w_down_EMD[expert])
-        return _add_rows(y_TD, tokens_K, _rows(weights.reshape(-1, 1), assignments_K) * y_KD)
+    def add_block(expert, assignments_n, y_TD):
+        tokens_n = assignments_n // groups.active
+        x_nD = _rows(x_TD, tokens_n)
+        y_nD = expert_mlp(x_nD, w_gate_EDM[expert], w_up_EDM[expert], w_down_EMD[expert])
+        return _add_rows(y_TD, tokens_n, _rows(weights.reshape(-1, 1), assignments_n) * y_nD)
 
     y_TD = groups.for_each_block(add_block, y_TD)
     return y_TD, (x_TD, experts_TA, weights_TA, w_gate_EDM, w_up_EDM, w_down_EMD, gate, up)
@@ -90,8 +92,8 @@ def _backward(experts_in_all, kept, d_y_TD):
         d_weight = jnp.sum((hidden * d_hidden).astype(weights_TA.dtype), axis=-1, keepdims=True)
         d_gate, d_up = swiglu_vjp(weight * d_hidden)
         d_x = d_gate @ jnp.swapaxes(w_gate, -1, -2) + d_up @ jnp.swapaxes(w_up, -1, -2)
-        x_T, hidden_T = jnp.swapaxes(x, -1, -2), jnp.swapaxes(weight * hidden, -1, -2)
-        return d_x, d_weight, x_T @ d_gate, x_T @ d_up, hidden_T @ d_y
+        x_transposed, hidden_transposed = jnp.swapaxes(x, -1, -2), jnp.swapaxes(weight * hidden, -1, -2)
+        return d_x, d_weight, x_transposed @ d_gate, x_transposed @ d_up, hidden_transposed @ d_y
 
     x_ECD, d_y_ECD = _rows(x_TD, groups.tokens_EC), _rows(d_y_TD, groups.tokens_EC)
     weight_EC1 = _rows(flat_weights, groups.assignments_EC)
@@ -99,18 +101,18 @@ def _backward(experts_in_all, kept, d_y_TD):
     d_x_TD = groups.collect(d_x_ECD).sum(axis=1)
     d_flat_weights = groups.collect(d_weight_EC1).reshape(-1, 1)
 
-    def add_block(expert, assignments_K, sums):
+    def add_block(expert, assignments_n, sums):
         d_x_TD, d_flat_weights, d_experts = sums
-        tokens_K = assignments_K // groups.active
-        x_KD, d_y_KD = _rows(x_TD, tokens_K), _rows(d_y_TD, tokens_K)
-        weight_K1 = _rows(flat_weights, assignments_K)
+        tokens_n = assignments_n // groups.active
+        x_nD, d_y_nD = _rows(x_TD, tokens_n), _rows(d_y_TD, tokens_n)
+        weight_n1 = _rows(flat_weights, assignments_n)
         w_gate, w_up, w_down = w_gate_EDM[expert], w_up_EDM[expert], w_down_EMD[expert]
-        d_x_KD, d_weight_K1, *d_expert = backward(
-            x_KD, d_y_KD, weight_K1, *gate_and_up(x_KD, w_gate, w_up), w_gate, w_up, w_down
+        d_x_nD, d_weight_n1, *d_expert = backward(
+            x_nD, d_y_nD, weight_n1, *gate_and_up(x_nD, w_gate, w_up), w_gate, w_up, w_down
         )
         d_experts = [d_all.at[expert].add(d) for d_all, d in zip(d_experts, d_expert, strict=True)]
-        d_flat_weights = _add_rows(d_flat_weights, assignments_K, d_weight_K1)
-        return _add_rows(d_x_TD, tokens_K, d_x_KD), d_flat_weights, d_experts
+        d_flat_weights = _add_rows(d_flat_weights, assignments_n, d_weight_n1)
+        return _add_rows(d_x_TD, tokens_n, d_x_nD), d_flat_weights, d_experts
 
     sums = groups.for_each_block(add_block, (d_x_TD, d_flat_weights, d_experts))
     d_x_TD, d_flat_weights, d_experts = sums
@@ -121,9 +123,9 @@ grouped_mlp.defvjp(_forward, _backward)
 
 
 class _Groups:
-    """Which assignment, a (token, choice) pair counted token by token, stands where. None is T*A, beyond the last.
+    """Maps assignments to slots and blocks of experts.
 
-    Of an expert's list of assignments, the first C have a slot, the others form blocks of K.
+    The first C assignments of each expert have a slot; the rest form blocks of n.
     """
 
     def __init__(self, experts_TA: jax.Array, experts: int, experts_in_all: int | None):
@@ -133,7 +135,7 @@ class _Groups:
         self.block_size = min(_round_up(self.capacity / BLOCKS), tokens - self.capacity)
 
         rank_N, sizes_E = ranks(assigned, experts)
-        self.ends_E = jnp.cumsum(sizes_E)  # where each expert's list ends when the lists stand one after the other
+        self.ends_E = jnp.cumsum(sizes_E)  # the end of each expert's list, with all lists concatenated
         self.begins_E = self.ends_E - sizes_E
         place_N = jnp.where(rank_N >= 0, self.begins_E.at[assigned].get(mode="clip") + rank_N, assigned.size)
         every = jnp.arange(assigned.size)
@@ -146,11 +148,11 @@ class _Groups:
         self.tokens_EC = self.assignments_EC // self.active
         if self.block_size:
             over_E = jnp.maximum(sizes_E - self.capacity, 0)
-            self.blocks_E = jnp.cumsum(-(-over_E // self.block_size))  # of all experts up to this one
+            self.blocks_E = jnp.cumsum(-(-over_E // self.block_size))  # cumulative number of blocks
 
     def for_each_block(self, body: Callable[[jax.Array, jax.Array, _T], _T], sums: _T) -> _T:
-        """sums = body(expert, assignments_K, sums) for every block; as many as there are at run time."""
-        if not self.block_size:  # every token has a slot, whatever it chooses
+        """sums = body(expert, assignments_n, sums) for every block that exists at run time."""
+        if not self.block_size:  # every token has a slot, whatever the router chooses
             return sums
 
         def step(index, sums):
@@ -162,18 +164,18 @@ class _Groups:
         return lax.fori_loop(0, self.blocks_E[-1], step, sums)
 
     def collect(self, y_ECD: jax.Array) -> jax.Array:
-        """Each assignment's row, zeros where it has no slot: (T,A,D)."""
+        """The row of every assignment, zeros if it has no slot: (T,A,D)."""
         return _rows(y_ECD.reshape(-1, y_ECD.shape[-1]), self.slot_TA)
 
     def _listed(self, places: jax.Array, end: jax.Array) -> jax.Array:
-        """The assignments at places of the lists, none from `end` on."""
+        """The assignments at these places of the concatenated lists; none from `end` onwards."""
         return jnp.where(places < end, self.lists.at[places].get(mode="clip"), self.lists.size)
 
 
 def ranks(experts_N: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
-    """Each assignment's place, in order, among those to its expert, (N,) int32, and how many each expert has, (E,).
+    """The rank of every assignment among those to the same expert, (N,) int32, and their number per expert, (E,).
 
-    The place is -1 where the expert is E or more.
+    The rank is -1 for an expert index of E or more.
     """
     here_NE = experts_N[:, None] == jnp.arange(experts)
     counts_NE = _running_counts(here_NE)
@@ -181,29 +183,29 @@ def ranks(experts_N: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _running_counts(here_NE: jax.Array) -> jax.Array:
-    """Inclusive cumulative sums along the first axis, int32.
+    """Inclusive cumulative sum along the first axis, int32.
 
-    By two triangular matmuls: a sort, `searchsorted` or `cumsum` are dozens of dependent small kernels on a GPU. Exact:
-    factors are at most `COUNTED`, sums are float32 below 2^24.
+    Two triangular matmuls, because `cumsum`, a sort or `searchsorted` become dozens of small dependent kernels on a
+    GPU. The sums are exact: factors are at most `COUNTED`, and float32 holds every integer below 2^24.
     """
     count, experts = here_NE.shape
     padded = jnp.pad(here_NE, ((0, -count % COUNTED), (0, 0))).astype(jnp.float32)
-    blocks_BCE = padded.reshape(-1, COUNTED, experts)
-    within_BCE = jnp.einsum("ij,bje->bie", jnp.tri(COUNTED), blocks_BCE)
-    before_BE = jnp.tri(len(blocks_BCE), k=-1) @ within_BCE[:, -1]
-    return (within_BCE + before_BE[:, None]).reshape(-1, experts)[:count].astype(jnp.int32)
+    blocks_PnE = padded.reshape(-1, COUNTED, experts)
+    within_PnE = jnp.einsum("ij,bje->bie", jnp.tri(COUNTED), blocks_PnE)
+    before_PE = jnp.tri(len(blocks_PnE), k=-1) @ within_PnE[:, -1]
+    return (within_PnE + before_PE[:, None]).reshape(-1, experts)[:count].astype(jnp.int32)
 
 
 def _round_up(size: float) -> int:
-    """To a multiple of 8, at least 8."""
+    """Up to a multiple of 8, at least 8."""
     return max(math.ceil(size / 8) * 8, 8)
 
 
 def _rows(x: jax.Array, indices: jax.Array) -> jax.Array:
-    """Rows of x, zeros where the index lies beyond its last."""
+    """Rows of x; zeros for an index past the end."""
     return x.at[indices].get(mode="fill", fill_value=0)
 
 
 def _add_rows(x: jax.Array, indices: jax.Array, rows: jax.Array) -> jax.Array:
-    """x with rows added at different indices; an index beyond the last is dropped."""
+    """x with rows added at distinct indices; an index past the end is dropped."""
     return x.at[indices].add(rows, mode="drop", unique_indices=True)

@@ -1,4 +1,4 @@
-"""RMSNorm, computed in at least float32 and scaled after the cast back, as the public Huginn does."""
+"""RMSNorm in at least float32, scaled after the cast back as in the public Huginn."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ from jax import lax
 
 
 def at_least_float32(dtype: jax.typing.DTypeLike) -> jnp.dtype:
-    """float32 for narrower types, else the type itself, so that float64 stays float64 throughout."""
+    """float32 for narrower types; float64 stays float64."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
@@ -16,8 +16,8 @@ def rms_norm_oracle(x: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
     return h.astype(x.dtype) * weight_D
 
 
-# The gradient is written by hand for the sake of memory and bandwidth: what autodiff keeps or, under rematerialisation,
-# recomputes and stores, are float32 intermediates of the size of `x`; here it is `x` alone (docs/performance.md).
+# A gradient written by hand keeps `x` alone. Autodiff keeps, or under rematerialisation recomputes and stores, several
+# float32 intermediates of its size (docs/performance.md).
 rms_norm = jax.custom_vjp(rms_norm_oracle, nondiff_argnums=(2,))
 
 

@@ -1,6 +1,6 @@
-"""SwiGLU: on the fused gate and up of a dense MLP, and as the MLP of an expert, which keeps them apart.
+"""SwiGLU of a dense MLP, whose gate and up are one fused matrix, and of an expert, which keeps them apart.
 
-Shapes: D width, F MLP hidden width, M expert hidden width.
+The letters of shapes are those of `jax_huginn.model`.
 """
 
 import jax
@@ -16,8 +16,8 @@ def swiglu_oracle(gate_up: jax.Array) -> jax.Array:
     return gated(*jnp.split(gate_up, 2, axis=-1))
 
 
-# The gradient is written by hand: under rematerialisation autodiff recomputes six arrays of the hidden width, stores
-# each, and joins the halves in one more pass. Here a single pass reads gate, up and cotangent (docs/performance.md).
+# A gradient written by hand is a single pass over gate, up and cotangent. Under rematerialisation autodiff recomputes
+# and stores six arrays of the hidden width and joins the halves in another pass (docs/performance.md).
 swiglu = jax.custom_vjp(swiglu_oracle)
 
 
@@ -31,7 +31,7 @@ def _backward(gate_up: jax.Array, d_hidden: jax.Array):
     sigmoid = jax.nn.sigmoid(gate)
     d_gate = up * sigmoid * (1 + gate * (1 - sigmoid))
     d_up = gate * sigmoid
-    # A select over an axis of two, not a concatenation, which XLA would not fuse with what comes before it.
+    # A select over an axis of two: XLA does not fuse a concatenation with its inputs.
     half = lax.broadcasted_iota(jnp.int32, halves.shape, halves.ndim - 2)
     d_halves = jnp.where(half == 0, d_gate, d_up) * d_hidden[..., None, :]
     return (d_halves.reshape(gate_up.shape).astype(gate_up.dtype),)
@@ -44,12 +44,12 @@ swiglu.defvjp(_forward, _backward)
 
 
 def expert_mlp(x: jax.Array, w_gate: jax.Array, w_up: jax.Array, w_down: jax.Array) -> jax.Array:
-    """w_down(silu(w_gate x) * (w_up x)): (T,D) through one expert, or (E,C,D) through a stack of E, C rows each."""
+    """w_down(silu(w_gate x) * (w_up x)) of tokens (T,D) for one expert, or (E,C,D) for a stack of E experts."""
     return gated(*gate_and_up(x, w_gate, w_up)) @ w_down
 
 
 def gate_and_up(x: jax.Array, w_gate: jax.Array, w_up: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The first matmuls of an expert, under the name by which `model.remat` keeps them."""
+    """The first matmuls of an expert, named so that `model.remat` can keep them."""
     return checkpoint_name(x @ w_gate, "gate_up"), checkpoint_name(x @ w_up, "gate_up")
 
 

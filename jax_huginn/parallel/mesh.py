@@ -1,12 +1,12 @@
 """The device mesh, values placed on it, and the collectives used within a step.
 
-Axes: `data` copies the state, `fsdp` splits it along the width, `expert` splits the routed experts and, along the
-width, everything else. All three split the batch, so each device computes on its own sequences.
+Axes: `data` replicates the state; `fsdp` splits it along the width; `expert` splits the routed experts and, along the
+width, everything else. All three split the batch, so every device computes on its own sequences.
 
-Loss and gradient of a micro-batch run inside one `jax.shard_map` over the mesh: the program of one device, with every
-exchange written out. The compiler's own partitioner would add up the core's gradient over the devices in every
-recurrence; here each device adds up its own first, and the sums are exchanged once. Outside a `shard_map` the
-collectives here return their input, so the model needs no mesh.
+Loss and gradient run inside one `jax.shard_map` over the mesh: the program of one device, with explicit collectives.
+The compiler's own partitioner would sum the core's gradient over the devices in every recurrence. Here each device sums
+over its recurrences first, and one exchange follows. Outside a `shard_map` the collectives of this module return their
+input, so the model also runs without a mesh.
 """
 
 from collections.abc import Callable, Sequence
@@ -61,7 +61,7 @@ def mesh_sizes(config: Config, devices: int) -> tuple[int, int, int]:
 
 
 def require_fit(config: Config, sizes: tuple[int, int, int]) -> None:
-    """Refuse a mesh that cannot split this model or batch evenly, with the numbers."""
+    """Raise a ConfigError, with the numbers, if the mesh cannot split this model or batch evenly."""
     _, fsdp, expert = sizes
     devices, train = int(np.prod(sizes)), config.train
     require(
@@ -158,5 +158,5 @@ def reduce_scatter(x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.A
 
 
 def several(axes: tuple[str, ...]) -> tuple[str, ...]:
-    """The axes with more than one device; XLA for CPUs would copy the data of an exchange with oneself."""
+    """The axes with more than one device; XLA:CPU copies the data of a collective over a single one."""
     return tuple(axis for axis in axes if lax.axis_size(axis) > 1)

@@ -1,8 +1,7 @@
-"""Several processes that train one model: how they find each other, agree, share a batch, and end together.
+"""Training with several processes: connection, agreement, shared batches and a common end.
 
-Every process runs the same program on its own devices. What they must agree on (config, depths, when to stop) is
-compared or voted on by small exchanges that cannot themselves differ, so that a disagreement is an error in one line
-rather than a collective that waits for ever.
+Every process runs the same program on its own devices. Whatever they must agree on (config, depths, when to stop) is
+compared or voted on by small exchanges of fixed shape, so that a disagreement is a one-line error and not a deadlock.
 """
 
 import json
@@ -29,7 +28,7 @@ _OWN_FIELDS = {"coordinator", "process_id", "process_count"}
 
 
 class ProcessError(UserError):
-    """Another process failed, or the connection to it; one line."""
+    """Another process, or the connection to it, failed; one line."""
 
 
 # ---- Start and end --------------------------------------------------------------------------------------------------
@@ -37,8 +36,11 @@ class ProcessError(UserError):
 
 @contextmanager
 def session(config: ParallelConfig) -> Iterator[None]:
-    """Connect the run's processes, and end them together: one that fails says why and goes at once, without waiting
-    for the others at JAX's shutdown barrier; those notice within `parallel.heartbeat_seconds` and go, too."""
+    """Connect the run's processes and end them together.
+
+    A process that fails prints the reason and exits at once, without waiting at JAX's shutdown barrier. The others
+    notice within `parallel.heartbeat_seconds` and exit too.
+    """
     initialize(config)
     try:
         yield
@@ -48,8 +50,8 @@ def session(config: ParallelConfig) -> Iterator[None]:
         who = f"process {jax.process_index()} of {jax.process_count()}"
         if isinstance(error, jax.errors.JaxRuntimeError) and not isinstance(error.__cause__, ConfigError):
             reason = str(error).strip().splitlines()[0][:300]
-            print(f"error: {who}: another process ended or the network failed ({reason}); the same command goes on "
-                  "from the last checkpoint", file=sys.stderr)  # fmt: skip
+            print(f"error: {who}: another process ended or the network failed ({reason}); rerun the same command "
+                  "to resume from the last checkpoint", file=sys.stderr)  # fmt: skip
         elif isinstance(error, UserError):
             print(f"error: {who}: {error}", file=sys.stderr)
         else:
@@ -60,11 +62,11 @@ def session(config: ParallelConfig) -> Iterator[None]:
 
 
 def initialize(config: ParallelConfig) -> None:
-    """`jax.distributed.initialize`, if there are several processes: by the flags, else by what SLURM, Open MPI or
-    Kubernetes say.
+    """`jax.distributed.initialize` if there are several processes, by the flags or else by the environment of SLURM,
+    Open MPI or Kubernetes.
 
     Raises:
-        ConfigError: the others cannot be reached.
+        ConfigError: the other processes cannot be reached.
     """
     arguments = by_flags(config) if config.process_count else by_launcher(config, os.environ)
     if arguments is None or jax.distributed.is_initialized():
@@ -96,8 +98,8 @@ def by_flags(config: ParallelConfig) -> dict[str, Any] | None:
 def by_launcher(config: ParallelConfig, environment: os._Environ | dict[str, str]) -> dict[str, Any] | None:
     """The arguments of `jax.distributed.initialize` under a launcher of several processes; None without one.
 
-    JAX finds the address; which devices a process takes is decided here. One process on a host takes all; of several
-    each takes the one of its local number, unless the launcher already shows it a single one.
+    JAX finds the address; the devices of a process are chosen here. A process alone on its host takes all devices. If
+    there are several, each takes the device of its local rank, unless the launcher already shows it a single device.
     """
     if "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
         method, local = "slurm", environment.get("SLURM_LOCALID", "0")
@@ -109,7 +111,9 @@ def by_launcher(config: ParallelConfig, environment: os._Environ | dict[str, str
         count, process_id = int(environment["OMPI_COMM_WORLD_SIZE"]), int(environment["OMPI_COMM_WORLD_RANK"])
         alone = environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
         if not config.coordinator and "OMPI_MCA_orte_hnp_uri" not in environment:  # Open MPI 5
-            raise ConfigError("this Open MPI does not tell its host's address: give --parallel.coordinator HOST:PORT")
+            raise ConfigError(
+                "this version of Open MPI does not provide its host's address: set --parallel.coordinator HOST:PORT"
+            )
     elif "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
         try:
             import kubernetes  # noqa: F401  # pyright: ignore[reportMissingImports]
@@ -122,7 +126,7 @@ def by_launcher(config: ParallelConfig, environment: os._Environ | dict[str, str
     else:
         return None
     single = any(len(environment[name].split(",")) == 1 for name in _VISIBLE if environment.get(name))
-    devices = [] if alone or single else [int(local)]  # an empty list: all that are visible
+    devices = [] if alone or single else [int(local)]  # an empty list means all visible devices
     if config.coordinator:
         known = {"coordinator_address": config.coordinator, "num_processes": count, "process_id": process_id}
         return {**known, "local_device_ids": devices, "cluster_detection_method": "deactivate"}
@@ -130,7 +134,7 @@ def by_launcher(config: ParallelConfig, environment: os._Environ | dict[str, str
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes and logs."""
+    """Whether this process writes and logs."""
     return jax.process_index() == 0
 
 
@@ -138,7 +142,7 @@ def is_first() -> bool:
 
 
 def first_then_others(function: Callable[[], T]) -> T:
-    """`function` on process 0, and once that is done on the others; a user's mistake on one ends all of them."""
+    """Run `function` on process 0, then on the others; a user's mistake on one process ends all of them."""
     result = None
     for first in (True, False):
         problem = ""
@@ -156,17 +160,17 @@ def first_then_others(function: Callable[[], T]) -> T:
 
 
 def on_first(function: Callable[[], Any]) -> None:
-    """`function` on process 0 alone; the others wait for it, and share its failure."""
+    """Run `function` on process 0 only; the others wait, and fail if it fails."""
     first_then_others(lambda: function() if is_first() else None)
 
 
 def of_first(value: int) -> int:
-    """The value of process 0, which alone looks at the files and changes them."""
+    """The value of process 0, the only one to read and change files."""
     return value if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
 def gather_text(text: str) -> list[str]:
-    """The texts of all processes, in their order."""
+    """The texts of all processes, in order."""
     if jax.process_count() == 1:
         return [text]
     data = np.frombuffer(text.encode(), np.uint8)
@@ -178,7 +182,7 @@ def gather_text(text: str) -> list[str]:
 
 
 def require_same(what: str, values: dict[str, Any]) -> None:
-    """Raise on every process where one has other values than process 0.
+    """Raise on every process if the values of one differ from those of process 0.
 
     Raises:
         ConfigError: the first name that differs, with both values.
@@ -196,15 +200,15 @@ def require_same(what: str, values: dict[str, Any]) -> None:
 
 
 def shared_fields(flat_config: dict[str, Any]) -> dict[str, Any]:
-    """A config with dotted names without what tells the processes apart."""
+    """A flat config without the fields in which processes differ."""
     return {name: value for name, value in flat_config.items() if name.removeprefix("parallel.") not in _OWN_FIELDS}
 
 
 class StopVote:
     """Agreement of all processes on the step after which they stop.
 
-    With several processes a vote is an all-reduce of one integer a device, dispatched like a step and read one call
-    later, when it has long been done: no step waits for it, and every process reads the same vote at the same step.
+    A vote is an all-reduce of one integer per device. It is dispatched like a step and read one call later, when it has
+    long been complete, so no step waits for it and every process reads the same vote at the same step.
     """
 
     OTHER = 1000  # above all signals
@@ -216,7 +220,7 @@ class StopVote:
         self.cast: jax.Array | None = None
 
     def agree(self, reason: str | None) -> str | None:
-        """Why the run ends after this step, if a process had a reason by the call before: a signal, or words."""
+        """The reason to stop after this step, a signal's name or words, if any process had one at the previous call."""
         if jax.process_count() == 1:
             return reason
         self.local[:] = 0 if reason is None else getattr(signal.Signals, reason, self.OTHER)
@@ -229,23 +233,23 @@ class StopVote:
 
 
 class GlobalBatches:
-    """From the rows of each process to a batch over all devices, in the order of the rows, however many processes."""
+    """Assembles the rows of all processes into one batch, whose order does not depend on the number of processes."""
 
     def __init__(self, mesh: Mesh):
         processes = jax.process_count()
         self.sharding = NamedSharding(mesh, BATCH)
 
         def in_order(rows_BS: jax.Array) -> jax.Array:
-            """Row i of process p, which lies at p * B / P + i, is row i * P + p of the batch."""
+            """Moves row i of process p of P from p * B / P + i to i * P + p."""
             return rows_BS.reshape(processes, -1, rows_BS.shape[1]).swapaxes(0, 1).reshape(rows_BS.shape)
 
         self.in_order = jax.jit(in_order, out_shardings=self.sharding)
 
     def place(self, local: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """The global arrays of a batch of which this process has the rows p, p + P, p + 2 P, ..."""
+        """The global arrays of a batch, given this process's rows p, p + P, p + 2 P, ..."""
         return {name: self._place(rows_BS) for name, rows_BS in local.items()}
 
     def _place(self, rows_BS: np.ndarray) -> jax.Array:
-        # Devices of a process are neighbours in the mesh (`make_mesh`), so its rows fill one piece of the batch.
+        # Devices of a process are neighbours in the mesh (`make_mesh`), so its rows are a contiguous part of the batch.
         placed = jax.make_array_from_process_local_data(self.sharding, rows_BS)
         return placed if jax.process_count() == 1 else self.in_order(placed)

@@ -1,12 +1,13 @@
-"""Adam-atan2 as the public Huginn was trained with: scale invariant in its gradients, and clipped per tensor.
+"""Adam-atan2 as used for the public Huginn: invariant to the scale of gradients, with update clipping per tensor.
 
-With g the gradient and t the step, counted from 1; the moments start at the first gradient and its square:
+With g the gradient and t the step, counted from 1. The moments start as the first gradient and its square:
 
     m = b1 m + (1 - b1) g;    v = max(b2 v + (1 - b2) g^2, 1e-12)
     u = atan2(m, sqrt(v) / sqrt(1 - b2^t)) / max(1, rms(g / sqrt(v))) / (1 - b1^t)
 
-The atan2 of arXiv 2407.05872 replaces Adam's division, the rms is the update clipping of arXiv 1804.04235. Since m
-starts at g and not at 0, dividing by 1 - b1^t makes the first steps larger, not unbiased; the public run did so.
+The atan2 of arXiv 2407.05872 replaces Adam's division; the rms is the update clipping of arXiv 1804.04235. Because m
+starts at g rather than 0, dividing by 1 - b1^t enlarges the first steps instead of removing a bias. So did the public
+run.
 """
 
 from collections.abc import Callable
@@ -16,12 +17,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-EPS = 1e-6  # floor of sqrt(v), the public run's
+EPS = 1e-6  # floor of sqrt(v), as in the public run
 
 
 class AdamAtan2State(NamedTuple):
     step: jax.Array
-    """Steps done, int32."""
+    """Number of steps done, int32."""
     mu: Any
     """First moment (m)."""
     nu: Any
@@ -29,11 +30,11 @@ class AdamAtan2State(NamedTuple):
 
 
 def scale_by_adam_atan2(b1: float, b2: float, is_stack: Callable[[Any, Any], bool]) -> optax.GradientTransformation:
-    """u of the module's docstring, to be scaled by the learning rate.
+    """Computes u of the module's docstring, before scaling by the learning rate.
 
     Args:
-        is_stack: (path, leaf) -> whether a leaf holds one tensor per index of its first axis, as stacked experts do;
-            the rms is then taken for each of them.
+        is_stack: (path, leaf) -> whether the leaf stacks tensors along its first axis, as experts do; the rms is then
+            taken for each of them.
     """
 
     def init(params: Any) -> AdamAtan2State:

@@ -102,8 +102,8 @@ def _train(config: Config, deadline: Deadline | None, lock: RunLock) -> None:
         record: dict[str, Any] = {"step": step, "loss": float(host.loss), "objective": float(host.objective)}
         record |= {"n": n, "k": k, "grad_norm": float(host.grad_norm), "learning_rate": float(host.learning_rate)}
         record |= {"param_norm": float(host.param_norm), "skipped_updates": int(host.skipped), **skipped}
-        if not (host.finite_N.all() and np.isfinite(host.grad_norm)):
-            record["non_finite"] = np.flatnonzero(~host.finite_N).tolist()  # the micro-batches
+        if not (host.finite_U.all() and np.isfinite(host.grad_norm)):
+            record["non_finite"] = np.flatnonzero(~host.finite_U).tolist()  # the micro-batches
         clock.tick(n, k)
         if is_logged(step):
             record |= clock.read()

@@ -1,4 +1,4 @@
-"""The optimisers on float32 master weights, which weights each of them moves and decays, and the schedules."""
+"""Optimisers of the master weights, the groups of weights they update and decay, and learning rate schedules."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,15 +12,15 @@ from jax_huginn.config.schema import Config
 from jax_huginn.model.parameters import Group, group_of
 from jax_huginn.training.adam_atan2 import scale_by_adam_atan2
 
-MUON_MOMENTUM = 0.95  # of Keller Jordan's Muon, torch.optim.Muon and optax alike
-MUON_RMS = 0.2  # of a Muon update, about that of an AdamW update, so that both take one learning rate: arXiv 2502.16982
+MUON_MOMENTUM = 0.95  # as in Keller Jordan's Muon, torch.optim.Muon and optax
+MUON_RMS = 0.2  # rms of an update, about that of AdamW, so that both share a learning rate (arXiv 2502.16982)
 
 
 # ---- Schedule -----------------------------------------------------------------------------------------------------
 
 
 def make_schedule(config: Config) -> Callable[[jax.typing.ArrayLike], jax.Array]:
-    """Learning rate of optimiser step t, counted from 0; the first step already moves."""
+    """Learning rate of step t, counted from 0, at which it is already above 0."""
     optimizer, steps = config.optimizer, config.train.steps
     peak, floor = optimizer.learning_rate, optimizer.final_fraction
 
@@ -42,21 +42,21 @@ def make_schedule(config: Config) -> Callable[[jax.typing.ArrayLike], jax.Array]
 
 
 def _where(*groups: Group) -> Callable[[Any], Any]:
-    """params -> tree of booleans, true for the parameters of these groups."""
+    """params -> tree of booleans, true for parameters of these groups."""
     return lambda params: jax.tree_util.tree_map_with_path(lambda path, _: group_of(path) in groups, params)
 
 
 decayed = _where("embedding", "router", "matrix", "expert stack")
-"""Weight decay spares norms and biases."""
+"""All weights except norms and biases."""
 in_muon = _where("matrix", "expert stack")
-"""Hidden matrices. The embedding is the tied head too, and the router is a head over experts: both stay on AdamW."""
+"""Hidden matrices. AdamW updates the embedding, which is also the head, and the router, a head over experts."""
 
 
 # ---- Optimisers ---------------------------------------------------------------------------------------------------
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Clipping by global norm, then the optimiser of `optimizer.name`."""
+    """Clipping by global norm, then the optimiser named by `optimizer.name`."""
     base = optax.chain(
         optax.clip_by_global_norm(config.optimizer.clip_norm),
         {"adamw": _adamw, "adam_atan2": _adam_atan2, "muon": _muon}[config.optimizer.name](config),
@@ -65,7 +65,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 
 
 def _adamw(config: Config) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101): a weight loses learning rate * weight decay of itself in a step."""
+    """AdamW (arXiv 1711.05101); a step decays a weight by learning rate * weight decay of its value."""
     optimizer = config.optimizer
     return optax.adamw(
         make_schedule(config),
@@ -78,7 +78,7 @@ def _adamw(config: Config) -> optax.GradientTransformation:
 
 
 def _adam_atan2(config: Config) -> optax.GradientTransformation:
-    """Adam-atan2 of the public run: a weight loses learning rate / peak * weight decay of itself in a step."""
+    """Adam-atan2 of the public run; a step decays a weight by learning rate / peak * weight decay of its value."""
     optimizer = config.optimizer
     return optax.chain(
         scale_by_adam_atan2(optimizer.b1, optimizer.b2, lambda path, _: group_of(path) == "expert stack"),
@@ -88,10 +88,10 @@ def _adam_atan2(config: Config) -> optax.GradientTransformation:
 
 
 def _muon(config: Config) -> optax.GradientTransformation:
-    """Muon on the hidden matrices, each expert's its own, and AdamW on the rest; one learning rate, decayed alike.
+    """Muon on the hidden matrices, each expert's separately, and AdamW on the rest, with one learning rate and decay.
 
-    AdamW is our own: `optax.contrib.muon` would give the rest Nesterov momentum, b2 0.999 and no decay, and would also
-    count 3-D expert stacks to it, the embedding and the router not.
+    The rest uses `_adamw`, because `optax.contrib.muon` would give it Nesterov momentum, b2 0.999 and no decay. It
+    would also count 3-D expert stacks to the rest, and embedding and router to the matrices.
     """
     optimizer = config.optimizer
     muon = optax.contrib.muon(
@@ -99,25 +99,25 @@ def _muon(config: Config) -> optax.GradientTransformation:
         beta=MUON_MOMENTUM,
         weight_decay=optimizer.decay,
         consistent_rms=MUON_RMS,
-        # (..., in, out): axes that are neither are a batch of matrices.
+        # (..., in, out): leading axes are a batch of matrices.
         muon_weight_dimension_numbers=lambda params: jax.tree.map(
             lambda _: optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1), params
         ),
     )
     return optax.partition(
         {True: muon, False: _adamw(config)},
-        in_muon,  # pyright: ignore[reportArgumentType]  any hashable labels will do
+        in_muon,  # pyright: ignore[reportArgumentType]  labels need only be hashable
     )
 
 
 def kept_in(base: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
-    """`base`, computing as before, with its moments stored in `dtype` between updates.
+    """`base` with its moments stored in `dtype` between updates and computed in float32.
 
-    optax's own `mu_dtype` narrows the first moment only.
+    optax's own `mu_dtype` affects the first moment only.
     """
 
     def cast(state: Any, dtype: jax.typing.DTypeLike) -> Any:
-        # Of the state only what has a parameter's shape: Muon keeps its coefficients there too.
+        # Only the moments, which map to parameters: Muon also keeps its coefficients in the state.
         return optax.tree.map_params(base, lambda x: x.astype(dtype), state)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:

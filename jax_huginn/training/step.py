@@ -1,7 +1,7 @@
 """One optimiser step: micro-batches, gradients, update. Pure functions under `jax.jit`.
 
-Shapes: N micro-batches, B sequences of a micro-batch, S sequence, D width. Loss and gradient are the program of one
-device of the mesh, whose B are its own; the update is left to the compiler, which sees how everything is split.
+Loss and gradient run as the program of one device of the mesh (`mesh.per_device`). The update is partitioned by the
+compiler, which knows how every array is sharded. The letters of shapes are those of `jax_huginn.model`.
 """
 
 import dataclasses
@@ -36,34 +36,34 @@ from jax_huginn.training.optimizer import make_optimizer, make_schedule
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that an optimiser step changes."""
+    """Everything an optimiser step changes."""
 
     params: Any
     """Master weights in `model.param_dtype`."""
     opt_state: Any
     step: jax.Array
-    """Optimiser steps done, int32; those whose update was skipped count too, since data and depths went on."""
+    """Number of steps done, int32, skipped ones included: they too consumed data and depths."""
     skipped: jax.Array
-    """Steps whose update was skipped, int32."""
+    """Number of steps whose update was skipped, int32."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepMetrics:
-    """Scalars of one step, averaged over its micro-batches (N)."""
+    """Metrics of one step, averaged over its micro-batches."""
 
     loss: jax.Array
     """log_ppl, nats per token."""
     objective: jax.Array
-    """The loss with its auxiliaries: what is minimised."""
+    """The loss with its auxiliaries, which is what training minimises."""
     grad_norm: jax.Array
     """Global norm before clipping."""
     param_norm: jax.Array
     learning_rate: jax.Array
-    finite_N: jax.Array
-    """Whether a micro-batch had a finite loss and a finite gradient, bool."""
+    finite_U: jax.Array
+    """Whether each micro-batch had a finite loss and gradient, bool."""
     skipped: jax.Array
-    """Updates skipped so far, this one included."""
+    """Number of updates skipped so far, this step included."""
     moe: Routing | None
     recurrence: dict[str, jax.Array]
 
@@ -89,18 +89,18 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
 
 
 def make_state(config: Config, mesh: Mesh) -> TrainState:
-    """`init_state` on a mesh: each device draws its own shard, and none ever holds the whole."""
+    """`init_state` on a mesh: every device draws its own shard, and none ever holds the whole state."""
     where = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
     return jax.jit(lambda: init_state(config), out_shardings=where)()
 
 
 def make_gradient(config: Config) -> Callable[..., tuple[Any, TrainingLoss, jax.Array]]:
-    """`gradient(params, tokens_NBS, labels_NBS, n_N, k_N, index_N) -> gradients, outputs, finite_N` of one device.
+    """`gradient(params, tokens_UBS, labels_UBS, n_U, k_U, index_U) -> gradients, outputs, finite_U` of one device.
 
-    Parameters are this device's parts, in `model.dtype`, and so are the gradients, in at least float32, added up over
-    the micro-batches and the devices. The outputs are stacked over the micro-batches and equal on all devices;
-    `finite_N` says which of these have a finite loss and, where they are several, a finite gradient. Each
-    micro-batch has its own s_0, drawn from (seed, its number, row) for this device's rows.
+    The parameters are this device's shards in `model.dtype`. The gradients are its shards in `model.param_dtype`,
+    summed over micro-batches and devices. The outputs are stacked over micro-batches and equal on all devices.
+    `finite_U` says which micro-batches have a finite loss and, if there are several, a finite gradient. Every
+    micro-batch has its own s_0, drawn from (seed, index, row) for this device's rows.
 
     One compilation serves every depth. Unless `compute.remat` is full, the program contains two gradient paths: an
     unrolled one for the usual k, whose residuals need no stacked buffers, and a loop for the rarer smaller k
@@ -117,10 +117,10 @@ def make_gradient(config: Config) -> Callable[..., tuple[Any, TrainingLoss, jax.
         first_row = device_index() * tokens_BS.shape[0]
         initial_state = initializers.random_state(key, shape, jnp.dtype(config.model.dtype), first_row)
         output = nnx.merge(graphdef, params).training_loss(tokens_BS, labels_BS, n, k, initial_state)
-        # All devices differentiate the one loss of the batch together, so each answers for its share of it.
+        # Every device differentiates the loss of the whole batch; the gradients are summed, so each takes a share.
         return output.loss / device_count(), output
 
-    differentiate = jax.grad(loss, has_aux=True)  # a traced k is a loop, a static one straight
+    differentiate = jax.grad(loss, has_aux=True)  # a loop for a traced k, straight-line code for a static one
 
     def straight(params, tokens_BS, labels_BS, n, k, index):
         return differentiate(params, tokens_BS, labels_BS, n, usual_k, index)
@@ -131,43 +131,43 @@ def make_gradient(config: Config) -> Callable[..., tuple[Any, TrainingLoss, jax.
         *_, k, _ = inputs
         return lax.cond(k == usual_k, straight, differentiate, *inputs)
 
-    def run(params: Any, *inputs_N) -> tuple[Any, TrainingLoss, jax.Array]:
-        if micro_batches == 1:  # no second set of gradients in memory, and their norm is taken by the step
-            gradients, output = gradient(params, *jax.tree.map(lambda x: x[0], inputs_N))
+    def run(params: Any, *inputs_U) -> tuple[Any, TrainingLoss, jax.Array]:
+        if micro_batches == 1:  # no accumulator in memory; the step itself checks the norm
+            gradients, output = gradient(params, *jax.tree.map(lambda x: x[0], inputs_U))
             outputs = jax.tree.map(lambda x: x[None], output)
-            finite_N = jnp.isfinite(outputs.loss)
+            finite_U = jnp.isfinite(outputs.loss)
         else:
 
             def micro_step(total, inputs):
                 gradients, output = gradient(params, *inputs)
-                bad = ~jnp.isfinite(optax.global_norm(gradients))  # a norm is finite where all its elements are
+                bad = ~jnp.isfinite(optax.tree.norm(gradients))  # finite only if all elements are
                 finite = jnp.isfinite(output.loss) & (batch_sum(bad.astype(jnp.int32)) == 0)
                 return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, gradients), (output, finite)
 
             zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, config.model.param_dtype), params)
-            gradients, (outputs, finite_N) = lax.scan(micro_step, zeros, inputs_N)
+            gradients, (outputs, finite_U) = lax.scan(micro_step, zeros, inputs_U)
         gradients = jax.tree.map(lambda g: g.astype(config.model.param_dtype), gradients)
-        return summed_gradients(gradients), outputs, finite_N
+        return summed_gradients(gradients), outputs, finite_U
 
     return run
 
 
 def make_train_step(config: Config, mesh: Mesh | None = None) -> Callable[..., tuple[TrainState, StepMetrics]]:
-    """`step(state, tokens_BS, labels_BS, n_N, k_N) -> state, metrics`; to be jitted with the state donated.
+    """`step(state, tokens_BS, labels_BS, n_U, k_U) -> state, metrics`; to be jitted with the state donated.
 
-    The batch is the whole step's; it is cut into `train.micro_batches` parts in order, each with its own depth
-    (`sample_depths`). Gradients are taken with respect to the weights in `model.dtype`. The losses of micro-batches are
-    averaged. Without a mesh the step is one device's.
+    The batch is that of the whole step. It is cut in order into `train.micro_batches` parts, each with its own depth
+    (`sample_depths`), whose losses are averaged. Gradients are taken with respect to the weights in `model.dtype`.
+    Without a mesh the step runs on one device.
 
-    Where a loss or a gradient is not finite, the update is skipped: weights and optimiser, its schedule's count
-    included, stay as they were bit for bit.
+    If a loss or gradient is not finite the update is skipped: weights and optimiser state, the schedule's count
+    included, keep their exact values.
     """
     mesh = mesh or make_mesh(config, jax.devices()[:1])
     optimizer, schedule = make_optimizer(config), make_schedule(config)
     micro_batches = config.train.micro_batches
-    in_order = PartitionSpec(None, AXES)  # every micro-batch is split over all devices
+    in_order = PartitionSpec(None, AXES)  # every micro-batch is sharded over all devices
 
-    def step(state: TrainState, tokens_BS: jax.Array, labels_BS: jax.Array, n_N: jax.Array, k_N: jax.Array):
+    def step(state: TrainState, tokens_BS: jax.Array, labels_BS: jax.Array, n_U: jax.Array, k_U: jax.Array):
         params = cast_params(state.params, config.model.dtype)
         split = specs(params)
         gradient = per_device(
@@ -176,19 +176,19 @@ def make_train_step(config: Config, mesh: Mesh | None = None) -> Callable[..., t
             in_specs=(split, in_order, in_order, REPLICATED, REPLICATED, REPLICATED),
             out_specs=(split, REPLICATED, REPLICATED),
         )
-        index_N = state.step * micro_batches + jnp.arange(micro_batches, dtype=jnp.int32)
+        index_U = state.step * micro_batches + jnp.arange(micro_batches, dtype=jnp.int32)
         parts = (x.reshape(micro_batches, -1, *x.shape[1:]) for x in (tokens_BS, labels_BS))
-        grads, outputs, finite_N = gradient(params, *parts, n_N, k_N, index_N)
+        grads, outputs, finite_U = gradient(params, *parts, n_U, k_U, index_U)
         grads = jax.tree.map(lambda g: g / micro_batches, grads)
-        grad_norm = optax.global_norm(grads)
-        good = finite_N.all() & jnp.isfinite(grad_norm)
-        finite_N = good[None] if micro_batches == 1 else finite_N
+        grad_norm = optax.tree.norm(grads)
+        good = finite_U.all() & jnp.isfinite(grad_norm)
+        finite_U = good[None] if micro_batches == 1 else finite_U
 
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             new_params = optax.apply_updates(state.params, updates)
-            # A choice per element fuses into the update, which reads the old value anyway: no time, no second state.
-            # `lax.cond` would stand between the update and the donated buffers.
+            # A select per element fuses into the update, which reads the old value anyway, so it costs no time and no
+            # second copy of the state. `lax.cond` would prevent the update from reusing the donated buffers.
             new_params, opt_state = jax.tree.map(
                 lambda new, old: jnp.where(good, new, old), (new_params, opt_state), (state.params, state.opt_state)
             )
@@ -197,9 +197,9 @@ def make_train_step(config: Config, mesh: Mesh | None = None) -> Callable[..., t
             loss=outputs.log_ppl.mean(),
             objective=outputs.loss.mean(),
             grad_norm=grad_norm,
-            param_norm=optax.global_norm(new_params),
+            param_norm=optax.tree.norm(new_params),
             learning_rate=schedule(state.step - state.skipped),
-            finite_N=finite_N,
+            finite_U=finite_U,
             skipped=skipped,
             moe=None if outputs.moe is None else Routing.total(outputs.moe),
             recurrence=jax.tree.map(lambda x: x.mean(axis=0), outputs.recurrence),
