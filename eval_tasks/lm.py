@@ -5,9 +5,8 @@ neither on the batch size nor on the request's neighbours, beyond rounding: `Lan
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -15,6 +14,8 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from eval_tasks.cache import AnswerCache
+from eval_tasks.language_model import LanguageModel, Reading, Score
 from jax_huginn.config.checks import UserError
 
 Request = tuple[Any, list[int], list[int]]  # anything (lm-eval's own), context tokens, continuation tokens
@@ -30,59 +31,18 @@ _NEUTRAL = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Reading:
-    """Tokens for the model to read, and the continuations that its last positions are to predict."""
-
-    tokens: tuple[int, ...]
-    continuations: tuple[tuple[int, ...], ...]
-
-
-@dataclass(frozen=True)
-class Score:
-    """How likely the model finds one continuation."""
-
-    log_probabilities: tuple[float, ...]
-    """One for each token, in nats."""
-    greedy: bool
-    """Whether greedy decoding would produce the continuation."""
-
-
-class LanguageModel(Protocol):
-    """What a framework supplies: token ids in, numbers out. No row of a batch influences another."""
-
-    vocab_size: int
-    max_length: int
-    """Longest sequence, in tokens."""
-    device: str
-
-    def log_probabilities(self, readings: Sequence[Reading], recurrence: int) -> list[list[Score]]:
-        """The score of every continuation of every reading, in one batch."""
-        ...
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: Sequence[int],
-        recurrence: int,
-        finished: Callable[[int, list[int]], bool],
-    ) -> list[list[int]]:
-        """New tokens of every prompt, chosen greedily, at most its `max_new_tokens`.
-
-        A row ends once `finished(row, its new tokens)` holds; its last token is included.
-        """
-        ...
-
-
 class HuginnLM(TemplateLM):
-    """Scores and generates with `model` at `recurrence` recurrences."""
+    """Scores and generates with `model` at `recurrence` recurrences; what `cache` knows is not asked again."""
 
-    def __init__(self, model: LanguageModel, tokenizer: Any, recurrence: int, batch_size: int):
+    def __init__(
+        self, model: LanguageModel, tokenizer: Any, recurrence: int, batch_size: int, cache: AnswerCache | None = None
+    ):
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
         self.recurrence = recurrence
         self.batch_size = batch_size
+        self.cache = cache or AnswerCache(None, {})
         self.notes: Counter[str] = Counter()
         """What was shortened to fit the model, and how often."""
 
@@ -152,6 +112,7 @@ class HuginnLM(TemplateLM):
         one-token choices of one question, are read once.
         """
         longest = self.model.max_length
+        scores: dict[int, Score] = {}
         readers: dict[tuple[int, ...], list[int]] = defaultdict(list)  # input -> the requests that it scores
         for index, (_, context, continuation) in enumerate(requests):
             if len(continuation) > longest:
@@ -159,15 +120,22 @@ class HuginnLM(TemplateLM):
             tokens = (context + continuation)[:-1]
             if len(tokens) > longest:
                 self.notes[f"contexts lost their left end to fit the model's {longest} tokens"] += 1
-            readers[tuple(tokens[-longest:])].append(index)
+            kept = tuple(tokens[-longest:])
+            if known := self.cache.get(["score", kept, continuation]):
+                scores[index] = Score(tuple(known[0]), known[1])
+            else:
+                readers[kept].append(index)
 
-        scores: dict[int, Score] = {}
         inputs = sorted(readers, key=lambda tokens: (-len(tokens), tokens))
         progress = tqdm(total=len(inputs), desc="scoring", disable=None)  # shown on a terminal
         for batch in _batches(inputs, self.batch_size):
             readings = [Reading(tokens, tuple(tuple(requests[i][2]) for i in readers[tokens])) for tokens in batch]
             for tokens, found in zip(batch, self.model.log_probabilities(readings, self.recurrence), strict=True):
                 scores |= zip(readers[tokens], found, strict=True)
+                for index, score in zip(readers[tokens], found, strict=True):
+                    answer = [score.log_probabilities, score.greedy]
+                    self.cache.put(["score", tokens, requests[index][2]], answer)
+            self.cache.flush()
             progress.update(len(batch))
         progress.close()
         return [scores[index] for index in range(len(requests))]
@@ -200,8 +168,9 @@ class HuginnLM(TemplateLM):
         limits = [self._limit(prompt, option["max_gen_toks"]) for prompt, option in zip(prompts, options, strict=True)]
         stops = [[stop for stop in option["until"] if stop] for option in options]
 
-        texts: dict[int, str] = {}
-        order = sorted(range(len(requests)), key=lambda index: -len(prompts[index]))
+        keys = [["text", *each] for each in zip(prompts, limits, stops, strict=True)]
+        texts = {index: text for index, key in enumerate(keys) if (text := self.cache.get(key)) is not None}
+        order = sorted(set(range(len(requests))) - texts.keys(), key=lambda index: (-len(prompts[index]), index))
         progress = tqdm(total=len(order), desc="generating", disable=None)  # shown on a terminal
         for batch in _batches(order, self.batch_size):
 
@@ -212,7 +181,10 @@ class HuginnLM(TemplateLM):
             rows = self.model.generate(
                 [prompts[index] for index in batch], [limits[index] for index in batch], self.recurrence, finished
             )
-            texts |= {index: self._decode(new, stops[index]) for index, new in zip(batch, rows, strict=True)}
+            for index, new in zip(batch, rows, strict=True):
+                texts[index] = self._decode(new, stops[index])
+                self.cache.put(keys[index], texts[index])
+            self.cache.flush()
             progress.update(len(batch))
         progress.close()
         return [texts[index] for index in range(len(requests))]

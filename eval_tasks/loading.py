@@ -93,7 +93,7 @@ def load_tokenizer(source: str, option: str) -> Any:
     from transformers import AutoTokenizer
 
     if not Path(source).is_dir():
-        if source.count("/") > 1 or source.startswith((".", "~")):  # no name of the hub
+        if source.count("/") > 1 or source.startswith((".", "~", "/")):  # no name of the hub
             raise UserError(f"{option} {source}: no such folder")
         go_offline_without_network()
     try:

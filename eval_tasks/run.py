@@ -14,13 +14,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval_tasks.loading import first_line, load_task, load_task_manager, missing_package
+from eval_tasks.cache import AnswerCache
+from eval_tasks.identity import identify
+from eval_tasks.loading import FEWSHOT_SEED, first_line, load_task, load_task_manager, missing_package
 from eval_tasks.options import Parser, add_options, check
 from jax_huginn.config.checks import UserError
 from jax_huginn.files import whole_file
 
 if TYPE_CHECKING:
-    from eval_tasks.lm import HuginnLM, LanguageModel
+    from eval_tasks.identity import Opened
+    from eval_tasks.lm import HuginnLM
 
 BOOTSTRAPS = 100  # resamples behind the standard errors that have no closed form
 
@@ -30,13 +33,13 @@ def run(
     description: str,
     arguments: Sequence[str],
     add_own_options: Callable[[argparse.ArgumentParser], None],
-    open_model: "Callable[[argparse.Namespace], tuple[LanguageModel, Any]]",
+    open_model: "Callable[[argparse.Namespace], Opened]",
 ) -> int:
     """Evaluate as the command line says and return the exit status.
 
     Args:
         add_own_options: adds what names the model.
-        open_model: the model that the options name, and its tokenizer; raises UserError when they cannot work.
+        open_model: loads what the options name; raises UserError when they cannot work.
     """
     parser = Parser(
         prog=program, description=description, allow_abbrev=False,
@@ -48,14 +51,15 @@ def run(
         options = parser.parse(list(arguments))
         check(options)
         if not sys.stderr.isatty():
-            os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars would fill log files
+            os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars would fill log files; read by tqdm's import
         manager = load_task_manager(options)
-        model, tokenizer = open_model(options)
-        if len(tokenizer) > model.vocab_size:
-            raise UserError(f"the tokenizer has {len(tokenizer)} tokens, more than the model's {model.vocab_size}")
-        if options.apply_chat_template and not tokenizer.chat_template:
+        opened = open_model(options)
+        tokens, rows = len(opened.tokenizer), opened.model.vocab_size
+        if tokens > rows:
+            raise UserError(f"the tokenizer has {tokens} tokens, more than the model's {rows}")
+        if options.apply_chat_template and not opened.tokenizer.chat_template:
             raise UserError("--apply_chat_template: the tokenizer has no chat template")
-        return _evaluate_all(program, model, tokenizer, manager, options)
+        return _evaluate_all(program, opened, manager, options)
     except UserError as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         return 2
@@ -64,22 +68,26 @@ def run(
         return 130
 
 
-def _evaluate_all(
-    program: str, model: "LanguageModel", tokenizer: Any, manager: Any, options: argparse.Namespace
-) -> int:
+def _evaluate_all(program: str, opened: "Opened", manager: Any, options: argparse.Namespace) -> int:
     from eval_tasks.lm import HuginnLM
 
+    identity = identify(opened)
     report: dict[str, Any] = {
-        "device": model.device,
-        "options": {name: value for name, value in vars(options).items() if name != "output"},
+        "source": str(opened.source),
+        **identity,
+        "chat_template": opened.tokenizer.chat_template if options.apply_chat_template else None,
+        "fewshot_seed": FEWSHOT_SEED,
+        "options": {name: value for name, value in vars(options).items() if name not in ("output", "use_cache")},
         "results": {str(depth): {} for depth in options.recurrence},
+        "executed_steps": {str(depth): depth for depth in options.recurrence},
         "failed": {},
         "notes": {},
         "n_samples": {},
-        "versions": {},
+        "task_versions": {},
     }
     for depth in options.recurrence:
-        lm = HuginnLM(model, tokenizer, depth, options.batch_size)
+        cache = AnswerCache(options.use_cache, {**identity, "recurrence": depth})
+        lm = HuginnLM(opened.model, opened.tokenizer, depth, options.batch_size, cache)
         for name in options.tasks:
             title = name if len(options.recurrence) == 1 else f"{name} at recurrence {depth}"
             try:
@@ -123,7 +131,7 @@ def _evaluate_task(
         print(make_table(results, "groups"))
     report["results"][str(lm.recurrence)].update(results["results"])
     report["n_samples"].update(results["n-samples"])
-    report["versions"].update(results["versions"])
+    report["task_versions"].update(results["versions"])
 
 
 def _write(program: str, output: Path, report: dict[str, Any]) -> None:

@@ -1,8 +1,9 @@
-"""Files and folders that appear whole or not at all: written beside their place, then renamed into it."""
+"""Files and folders that appear whole or not at all, written beside their place and then renamed; digests of them."""
 
+import hashlib
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,6 +38,15 @@ def whole_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def sha256_of(files: Iterable[Path]) -> str:
+    """One digest of several files' contents, in the order of their paths: 64 hexadecimal digits."""
+    total = hashlib.sha256()
+    for file in sorted(files):
+        with file.open("rb") as content:
+            total.update(hashlib.file_digest(content, "sha256").digest())
+    return total.hexdigest()
 
 
 def reason(error: BaseException) -> str:

@@ -1,15 +1,13 @@
-"""The model as the evaluation harness wants it: `eval_tasks.lm.LanguageModel` in PyTorch."""
+"""The model as the evaluation harness wants it: `eval_tasks.language_model.LanguageModel` in PyTorch."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
+from eval_tasks.language_model import Reading, Score
+
 from .generate import greedy
 from .model import MoEHuginnModel
-
-if TYPE_CHECKING:
-    from eval_tasks.lm import Reading, Score
 
 
 class TorchLanguageModel:
@@ -23,9 +21,11 @@ class TorchLanguageModel:
         self.model = model
         self.vocab_size, self.max_length = model.config.padded_vocab_size, model.config.block_size
         self.device = str(model.device)
+        self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        self.version = f"torch {torch.__version__}"
 
     @torch.no_grad()
-    def log_probabilities(self, readings: "Sequence[Reading]", recurrence: int) -> "list[list[Score]]":
+    def log_probabilities(self, readings: Sequence[Reading], recurrence: int) -> list[list[Score]]:
         longest = max(len(reading.tokens) for reading in readings)
         tokens_BS = torch.tensor([[*each.tokens, *[0] * (longest - len(each.tokens))] for each in readings])
         output_BSD = self.model.hidden(tokens_BS.to(self.model.device), (recurrence, 0))[0]
@@ -34,10 +34,8 @@ class TorchLanguageModel:
             for output_SD, reading in zip(output_BSD, readings, strict=True)
         ]
 
-    def _score(self, output_SD: torch.Tensor, continuation: Sequence[int]) -> "Score":
+    def _score(self, output_SD: torch.Tensor, continuation: Sequence[int]) -> Score:
         """The last positions predict the continuation; only their logits are ever made."""
-        from eval_tasks.lm import Score
-
         logits_TV = self.model.unembed(output_SD[-len(continuation) :])
         target_T = torch.tensor(continuation, device=logits_TV.device)
         log_p_T = logits_TV.log_softmax(dim=-1).gather(1, target_T[:, None])[:, 0]

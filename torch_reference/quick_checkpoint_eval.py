@@ -11,16 +11,13 @@ Exit status: 0 all tasks ran, 1 some did not, 2 nothing was started because of a
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 if __package__ in (None, ""):  # run as a file: make the clone's root importable in place of this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from eval_tasks.identity import Opened
 from eval_tasks.loading import load_tokenizer
 from eval_tasks.run import UserError, run
-
-if TYPE_CHECKING:
-    from torch_reference.evaluation import TorchLanguageModel
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda where there is one")
 
 
-def open_model(options: argparse.Namespace) -> "tuple[TorchLanguageModel, Any]":
+def open_model(options: argparse.Namespace) -> Opened:
     """The checkpoint and its tokenizer; raises UserError when they cannot be read."""
     import torch
 
@@ -49,7 +46,9 @@ def open_model(options: argparse.Namespace) -> "tuple[TorchLanguageModel, Any]":
     except CheckpointError as error:
         raise UserError(str(error)) from None
     device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
-    return TorchLanguageModel(model.to(device)), tokenizer
+    model = model.to(device, getattr(torch, options.dtype) if options.dtype else None)
+    files = [path] if path.is_file() else [*path.glob("*.safetensors"), path / "config.json"]
+    return Opened(TorchLanguageModel(model), tokenizer, path, files)
 
 
 def _existing(text: str) -> Path:

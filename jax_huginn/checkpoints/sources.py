@@ -5,7 +5,6 @@ Every command that takes a model finds it here, so that all accept the same and 
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from flax import nnx
 from jax_huginn.checkpoints.load import config_of, find_step, restore_params
 from jax_huginn.checkpoints.step_folders import CHECKPOINTS, CHECKSUMS
 from jax_huginn.config.schema import Config
+from jax_huginn.files import sha256_of
 from jax_huginn.interop.foreign_weights import LazyArray
 from jax_huginn.interop.open_weights import open_weights
 from jax_huginn.model.huginn import MoEHuginnModel, abstract_model, cast_params
@@ -40,11 +40,7 @@ class Source:
 
     def digest(self) -> str:
         """SHA-256 of the weights' files, by which two models are told apart: 64 hexadecimal digits."""
-        total = hashlib.sha256()
-        for file in _files_of_weights(self.path):
-            with file.open("rb") as content:
-                total.update(hashlib.file_digest(content, "sha256").digest())
-        return total.hexdigest()
+        return sha256_of(files_of_weights(self.path))
 
 
 def open_source(source: str | os.PathLike) -> Source:
@@ -123,15 +119,15 @@ def _is_run(path: Path) -> bool:
     return step or (path / CHECKPOINTS).is_dir() or path.name == CHECKPOINTS
 
 
-def _files_of_weights(path: Path) -> Iterator[Path]:
+def files_of_weights(path: Path) -> Iterator[Path]:
+    """The files of a source by whose content its weights are known."""
     if path.is_file():
         yield path
     elif (path / CHECKSUMS).is_file():  # the digests of all its files
         yield path / CHECKSUMS
     else:
-        yield from sorted(
-            file for file in path.glob("*") if file.suffix == ".safetensors" or file.name == "config.json"
-        )
+        yield from path.glob("*.safetensors")
+        yield path / "config.json"
 
 
 def _on_one_device(tree: Any) -> Any:

@@ -1,0 +1,66 @@
+"""What a score belongs to: the model, the tokenizer and the code that gave it."""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eval_tasks.language_model import LanguageModel
+from jax_huginn.files import sha256_of
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that is loaded, ready to be evaluated."""
+
+    model: LanguageModel
+    tokenizer: Any
+    source: Path
+    """The file or folder of the weights."""
+    files: Sequence[Path]
+    """The files by which its weights are known."""
+
+
+def identify(opened: Opened) -> dict[str, Any]:
+    """Everything besides depth and request that changes a score, as plain JSON types."""
+    model = opened.model
+    return {
+        "weights_sha256": sha256_of(opened.files),
+        "tokenizer_sha256": _digest_of_tokenizer(opened.tokenizer),
+        "dtype": model.dtype,
+        "device": model.device,
+        "commit": _commit(),
+        "versions": {
+            "framework": model.version,
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("lm-eval", "transformers")},
+        },
+    }
+
+
+def _digest_of_tokenizer(tokenizer: Any) -> str:
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    content = fast.to_str() if fast is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _commit() -> str:
+    """The commit of the clone that runs, with a digest of what was changed since; else the installed version."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> bytes:
+        return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, check=True).stdout.strip()
+
+    try:
+        changes = git("diff", "HEAD")
+        return git("rev-parse", "HEAD").decode() + (f"+{hashlib.sha256(changes).hexdigest()[:8]}" if changes else "")
+    except (OSError, subprocess.CalledProcessError):
+        try:
+            return importlib.metadata.version("jax-huginn")
+        except importlib.metadata.PackageNotFoundError:
+            return "unknown"

@@ -1,0 +1,103 @@
+"""The model as the evaluation harness wants it: `eval_tasks.language_model.LanguageModel` in JAX."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from eval_tasks.language_model import Reading, Score
+from jax_huginn.model import functional, initializers
+from jax_huginn.model.huginn import MoEHuginnModel
+
+LENGTH_STEP = 64  # lengths are rounded up to multiples, so that few programs serve all batches
+CHUNK = 128  # positions whose logits exist at once
+
+
+class JaxLanguageModel:
+    """Scores and generates on the default device, with parameters in the type that they were loaded in.
+
+    Padding follows a row's end, where causality hides it, and the initial state depends on the position alone, so rows
+    are independent.
+    """
+
+    def __init__(self, model: MoEHuginnModel):
+        self.vocab_size, self.max_length = model.config.model.vocab_size, model.config.model.max_length
+        self.device = jax.devices()[0].device_kind
+        self.dtype, self.version = model.config.model.dtype, f"jax {jax.__version__}"
+        self._width = model.config.model.width
+        graphdef, self._params = functional.split(model)
+
+        @jax.jit
+        def predict(params, tokens_BS, row_T, position_T, target_T, recurrence, state_SD):
+            model = nnx.merge(graphdef, params)
+            y_TD = model.hidden(tokens_BS, recurrence, 0, state_SD).y_BSD[row_T, position_T]
+
+            def chunk(y_CD, target_C):
+                logits_CV = model.head(y_CD)
+                log_p_C = jax.nn.log_softmax(logits_CV)[jnp.arange(CHUNK), target_C]
+                return log_p_C, logits_CV.argmax(axis=-1)
+
+            chunked = y_TD.reshape(-1, CHUNK, y_TD.shape[-1]), target_T.reshape(-1, CHUNK)
+            log_p_T, best_T = lax.map(lambda inputs: chunk(*inputs), chunked)
+            return log_p_T.ravel(), best_T.ravel()
+
+        self._program = predict
+
+    def log_probabilities(self, readings: Sequence[Reading], recurrence: int) -> list[list[Score]]:
+        """The last positions of a reading predict its continuation."""
+        places = [
+            (row, len(reading.tokens) - len(continuation) + i, token)
+            for row, reading in enumerate(readings)
+            for continuation in reading.continuations
+            for i, token in enumerate(continuation)
+        ]
+        log_p_T, best_T = self._predict([reading.tokens for reading in readings], places, recurrence)
+        scored = zip(places, log_p_T.tolist(), best_T.tolist(), strict=True)
+        scores = []
+        for reading in readings:
+            scores.append([])
+            for continuation in reading.continuations:
+                tokens = [next(scored) for _ in continuation]
+                hits = all(best == target for (_, _, target), _, best in tokens)
+                scores[-1].append(Score(tuple(log_p for _, log_p, _ in tokens), hits))
+        return scores
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: Sequence[int],
+        recurrence: int,
+        finished: Callable[[int, list[int]], bool],
+    ) -> list[list[int]]:
+        """Greedy, without a cache: every new token costs a whole forward pass."""
+        new: list[list[int]] = [[] for _ in prompts]
+        running = list(range(len(prompts)))
+
+        def fits(row: int) -> bool:
+            return len(new[row]) < max_new_tokens[row] and len(prompts[row]) + len(new[row]) < self.max_length
+
+        while running := [row for row in running if fits(row)]:
+            rows = [[*prompts[row], *new[row]] for row in running]
+            places = [(i, len(tokens) - 1, 0) for i, tokens in enumerate(rows)]
+            for row, token in zip(running, self._predict(rows, places, recurrence)[1].tolist(), strict=True):
+                new[row].append(token)
+            running = [row for row in running if not finished(row, new[row])]
+        return new
+
+    def _predict(
+        self, rows: Sequence[Sequence[int]], places: list[tuple[int, int, int]], recurrence: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Log-probability of the target and the best token at every place, (row, position, target)."""
+        longest = -(-max(len(row) for row in rows) // LENGTH_STEP) * LENGTH_STEP
+        tokens_BS = np.zeros((1 << (len(rows) - 1).bit_length(), min(longest, self.max_length)), np.int32)
+        for i, row in enumerate(rows):
+            tokens_BS[i, : len(row)] = row
+        places_T3 = np.zeros((CHUNK << (-(-len(places) // CHUNK) - 1).bit_length(), 3), np.int32)
+        places_T3[: len(places)] = places
+        state_SD = initializers.fixed_state(0, tokens_BS.shape[1], self._width)
+        found = self._program(self._params, tokens_BS, *places_T3.T, np.int32(recurrence), state_SD)
+        log_p_T, best_T = jax.device_get(found)
+        return log_p_T[: len(places)], best_T[: len(places)]
