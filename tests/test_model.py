@@ -233,6 +233,17 @@ def test_a_sequence_longer_than_the_model_is_refused(make_config):
         MoEHuginnModel(config)(jnp.zeros((1, 129), jnp.int32), (0, 1))
 
 
+@pytest.mark.parametrize("moe", PLACEMENTS[1:], ids=["injection", "residual", "core"])
+def test_w_down_is_an_output_projection_where_the_moe_is_a_residual_branch(make_config, moe):
+    """sqrt(2/(5 D)), over sqrt(2 L) in a branch; L = 1 + 2 x 6 + 1."""
+    model = MoEHuginnModel(make_config(moe=moe | {"width": 256}, model={"width": 64}))
+    layer = model.moe or model.core[0].moe
+    expected = 0.987 * (2 / (5 * 64)) ** 0.5 / (28**0.5 if len(moe) > 1 or moe["placement"] == "core" else 1)
+    for expert in (layer.shared, layer.experts):
+        assert float(expert.w_down[...].std()) == pytest.approx(expected, rel=0.03)
+        assert float(expert.w_up[...].std()) == pytest.approx(0.987 * (2 / (5 * 64)) ** 0.5, rel=0.03)
+
+
 def test_seeds_make_weights(make_config):
     config = make_config()
     weights = [nnx.as_pure(nnx.split(MoEHuginnModel(config, seed=seed))[1]) for seed in (0, 0, 1)]

@@ -417,8 +417,10 @@ def test_rows_share_the_initial_state_so_that_batches_do_not_matter():
     assert torch.allclose(together, alone, rtol=0, atol=1e-11)
 
 
-def test_initial_weights_follow_takase():
-    config = replace(INJECTION, n_embd=64, intermediate_size=96, moe_intermediate_size=96)
+@pytest.mark.parametrize("moe", [{}, {"moe_residual": True}, {"moe_placement": "core"}])
+def test_initial_weights_follow_takase(moe):
+    """The experts' w_down is an output projection where the MoE is a residual branch, else a plain matrix."""
+    config = replace(INJECTION, n_embd=64, intermediate_size=96, moe_intermediate_size=96, **moe)
     weights = MoEHuginnModel(config, seed=3).state_dict()
     std, depth = (2 / (5 * 64)) ** 0.5, 1 + 2 * 6 + 1
     for name, weight in weights.items():
@@ -427,7 +429,7 @@ def test_initial_weights_follow_takase():
         elif "qk_bias" in name:
             assert (weight == 0).all(), name
         else:
-            is_output = name.endswith((".proj.weight", "w_down.weight"))
+            is_output = name.endswith(".proj.weight") or (name.endswith("w_down.weight") and bool(moe))
             expected = 0.02 if "router" in name else 0.987 * std / ((2 * depth) ** 0.5 if is_output else 1)
             assert weight.std().item() == pytest.approx(expected, rel=0.1), name
             if "router" not in name:

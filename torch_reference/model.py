@@ -247,9 +247,12 @@ class MoEHuginnModel(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:
-        """Takase init: truncated normals of std sqrt(2/(5D)), outputs over sqrt(2L), router normal of std 0.02."""
+        """Takase init: truncated normals of std sqrt(2/(5D)), over sqrt(2L) for the last matrix of a residual branch;
+        the router is normal with std 0.02. A MoE at the injection is a branch only with `moe_residual`."""
         generator = torch.Generator(self.device).manual_seed(seed)
         std = math.sqrt(2 / (5 * self.config.n_embd))
+        moe_is_branch = self.config.moe_placement == "core" or self.config.moe_residual
+        outputs = (".proj.weight", ".w_down.weight") if moe_is_branch else (".proj.weight",)
         for name, weight in self.named_parameters():
             if "norm_" in name or name.endswith(("moe_norm.weight", "ln_f.weight")):
                 weight.fill_(1.0)
@@ -258,8 +261,7 @@ class MoEHuginnModel(nn.Module):
             elif name.endswith("router.weight"):
                 weight.normal_(std=0.02, generator=generator)
             else:
-                is_output = name.endswith((".proj.weight", ".w_down.weight"))
-                std_w = std / math.sqrt(2 * self.config.effective_depth) if is_output else std
+                std_w = std / math.sqrt(2 * self.config.effective_depth) if name.endswith(outputs) else std
                 nn.init.trunc_normal_(weight, std=std_w, a=-3 * std_w, b=3 * std_w, generator=generator)
 
     def forward(

@@ -39,6 +39,16 @@ def output_projection(config: Config) -> Initializer:
     return truncated_normal(math.sqrt(2 / (5 * model.width)) / math.sqrt(2 * depth))
 
 
+def expert_output(config: Config) -> Initializer:
+    """For w_down of the experts: `output_projection` in a residual branch, else `matrix`.
+
+    At the injection without `moe.residual`, norm_moe follows the MoE, so that a small w_down would only enlarge its own
+    gradient.
+    """
+    branch = config.moe.placement == "core" or config.moe.residual
+    return output_projection(config) if branch else matrix(config)
+
+
 def router(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
     return ROUTER_STD * jax.random.normal(key, shape, dtype)
 

@@ -91,10 +91,10 @@ class Expert(nnx.Module):
 
     def __init__(self, config: Config, rngs: nnx.Rngs, experts: tuple[int, ...] = ()):
         width, hidden, dtype = config.model.width, config.moe.width, config.model.param_dtype
-        matrix, projection = initializers.matrix(config), initializers.output_projection(config)
+        matrix, output = initializers.matrix(config), initializers.expert_output(config)
         self.w_gate = nnx.Param(matrix(rngs.params(), (*experts, width, hidden), dtype))
         self.w_up = nnx.Param(matrix(rngs.params(), (*experts, width, hidden), dtype))
-        self.w_down = nnx.Param(projection(rngs.params(), (*experts, hidden, width), dtype))
+        self.w_down = nnx.Param(output(rngs.params(), (*experts, hidden, width), dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return expert_mlp(x, *self.weights)
