@@ -206,6 +206,18 @@ def test_recurrence_statistics(make_config):
     assert float(output.recurrence["recurrent_state_token_corr"]) == pytest.approx(pairs.mean() - 1 / 64, rel=1e-9)
 
 
+def test_the_router_asks_for_all_bits_of_float32_in_its_gradients_too():
+    """The default would be TF32 on a GPU."""
+
+    def run(x_TD, router_DE):
+        return route(x_TD, router_DE, 1)[2].z_loss
+
+    gradients = jax.jit(jax.grad(run, argnums=(0, 1))).lower(jnp.ones((6, 4), "bfloat16"), jnp.ones((4, 2), "bfloat16"))
+    products = [line for line in gradients.as_text().splitlines() if "dot_general" in line]
+    assert len(products) == 3
+    assert all("precision = [HIGHEST, HIGHEST]" in line and "xf32>" in line for line in products)
+
+
 def test_router_statistics_by_hand():
     """Three tokens, two experts, one choice: f = (2/3, 1/3)."""
     logits = np.log(np.array([[0.8, 0.2], [0.6, 0.4], [0.1, 0.9]]))

@@ -67,7 +67,9 @@ def route(x_TD: jax.Array, router_DE: jax.Array, active: int) -> tuple[jax.Array
     """
     dtype = at_least_float32(x_TD.dtype)
     experts = router_DE.shape[1]
-    logits_TE = checkpoint_name(x_TD.astype(dtype) @ router_DE.astype(dtype), "matmul")
+    # HIGHEST, because GPUs otherwise compute a float32 matmul in TF32, whose rounding decides close choices.
+    logits_TE = jnp.matmul(x_TD.astype(dtype), router_DE.astype(dtype), precision=jax.lax.Precision.HIGHEST)
+    logits_TE = checkpoint_name(logits_TE, "matmul")
     chosen_TA, experts_TA = jax.lax.top_k(logits_TE, active)
     log_normalizer_T1 = jax.nn.logsumexp(logits_TE, axis=-1, keepdims=True)
     log_probability_TE = logits_TE - log_normalizer_T1
