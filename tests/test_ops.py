@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_huginn.ops.attention import causal_attention, causal_attention_oracle, resolve
+from jax_huginn.ops.attention import (
+    cached_attention,
+    cached_attention_oracle,
+    causal_attention,
+    causal_attention_oracle,
+    resolve,
+)
 from jax_huginn.ops.cross_entropy import IGNORE, cross_entropy, cross_entropy_oracle
 from jax_huginn.ops.grouped_mlp import grouped_mlp, grouped_mlp_oracle
 from jax_huginn.ops.norm import rms_norm, rms_norm_oracle
@@ -135,6 +141,21 @@ def test_library_attention_equals_the_oracle():
     loss = lambda implementation: lambda *qkv: (causal_attention(*qkv, implementation) ** 2).sum()  # noqa: E731
     fast, oracle = (jax.grad(loss(name), (0, 1, 2))(q, k, v) for name in ("xla", "einsum"))
     assert_close(fast, oracle, GRADIENTS["float32"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize(("kv_heads", "biased"), [(4, False), (2, True), (1, True)])
+def test_cached_attention_equals_its_oracle(kv_heads, biased, queries, dtype):
+    """Rows at positions of their own, over a cache that is longer than what they may see."""
+    rng = np.random.default_rng(4)
+    q, k, v, bias = (
+        rng.normal(size=shape).astype(dtype)
+        for shape in [(3, queries, 4, 8), (3, 70, kv_heads, 8), (3, 70, kv_heads, 8), (70, 4, 8)]
+    )
+    index = np.array([[0], [40], [64]]) + np.arange(queries)
+    inputs = q, k, v, index, bias if biased else None
+    assert_close(cached_attention(*inputs), cached_attention_oracle(*inputs), VALUES[dtype])
 
 
 def test_attention_sees_no_later_position():

@@ -1,1 +1,7 @@
 """Generation: a cache of keys and values by recurrence, exits by row and token, sampling. Knows token ids only."""
+
+from jax_huginn.inference.decode import Generated, Totals, generate
+from jax_huginn.inference.exits import Exit
+from jax_huginn.inference.sampling import Sampling
+
+__all__ = ["Exit", "Generated", "Sampling", "Totals", "generate"]
