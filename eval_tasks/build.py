@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jax_huginn.data.sources.files import is_held_out, stdlib_files
+from jax_huginn.data.sources.files import stdlib_files
+from jax_huginn.data.sources.split import is_held_out
 
 if TYPE_CHECKING:
     from datasets import DatasetDict

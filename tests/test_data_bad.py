@@ -151,6 +151,18 @@ def test_bad_lines_of_jsonl_are_skipped(tmp_path: Path) -> None:
     assert told[-1] == f"skipped: 5 rows of {path} in all"
 
 
+def test_data_of_another_vocabulary_ends_the_run(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.parquet", [*good(0, 12), *[[V, 1, 2, 3, 4]] * 6000])
+    bad = BadData("skip", lambda line: None)
+    with pytest.raises(DataError) as error:
+        read(file, bad=bad)
+    assert f"1000 of the 1012 rows read cannot be used, the last one because {file.path} row 1011 " in str(error.value)
+    assert f"has token {V}, outside [0, {V}) of model.vocab_size" in str(error.value)
+    assert "\n" not in str(error.value)
+    mostly_good = write(tmp_path / "b.parquet", [*good(0, 900), *good(0, 300), *[[1]] * 1100, *good(0, 900)])
+    assert len(read(mostly_good, bad=BadData("skip", lambda line: None))) == 2100
+
+
 # -------------------------------------------------------------------- positions
 
 

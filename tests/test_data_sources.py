@@ -15,13 +15,12 @@ from jax_huginn.data.sources.bad_data import BadData
 from jax_huginn.data.sources.files import (
     CorpusFile,
     DataError,
-    is_held_out,
     parquet_files,
-    split_files,
     stdlib_files,
     text_files,
 )
 from jax_huginn.data.sources.parquet import parquet_pieces
+from jax_huginn.data.sources.split import is_held_out, split_files
 from jax_huginn.data.sources.text import text_pieces
 
 STOP = BadData("stop", print)
@@ -102,12 +101,94 @@ def test_single_file_is_split_at_a_line_end(tmp_path: Path, suffix: str) -> None
         assert texts(training)[0] + texts(held_out)[0] == "".join(lines)
 
 
-def test_text_is_read_from_folders_and_survives_bad_bytes(tmp_path: Path) -> None:
-    write(tmp_path, b__two_DOT_txt="two\r\n", a_DOT_py="one\n", c_DOT_md="no", empty_DOT_txt="")
-    (tmp_path / "d.txt").write_bytes(b"bad \xff byte")
+def test_text_is_read_from_folders(tmp_path: Path) -> None:
+    write(tmp_path, b__two_DOT_TXT="two\r\n", a_DOT_py="one\n", c_DOT_md="no", empty_DOT_txt="")
     files = text_files(str(tmp_path))
-    assert [file.relative_path for file in files] == ["a.py", "b/two.txt", "d.txt"]
-    assert [texts(file) for file in files] == [["one\n"], ["two\r\n"], ["bad � byte"]]
+    assert [file.relative_path for file in files] == ["a.py", "b/two.TXT"]
+    assert [texts(file) for file in files] == [["one\n"], ["two\r\n"]]
+
+
+def test_what_is_read_and_what_is_left_out_is_one_line(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    write(
+        data, a_DOT_txt="a" * 1500, b_DOT_txt="b", c_DOT_txt="c" * 1000, d_DOT_md="no", e_DOT_md="no", empty_DOT_txt=""
+    )
+    write(data, _DOT_hidden_DOT_txt="no", _DOT_git__config_DOT_txt="no", notes="no", rows_DOT_jsonl_DOT_gz="no")
+    write(data, run__config_DOT_json="{}", run__metrics_DOT_jsonl="{}", run__tokenizer__merges_DOT_txt="no")
+    write(tmp_path, elsewhere__linked_DOT_txt="linked")
+    (data / "link").symlink_to(tmp_path / "elsewhere")
+    (data / "again").symlink_to(data)
+    (data / "same.txt").symlink_to(data / "a.txt")
+    (data / "broken.txt").symlink_to(data / "missing")
+    lines: list[str] = []
+    files, _ = corpus(DataConfig(source="text", path=str(data), validation_fraction=0.0), lines.append)
+    assert [file.relative_path for file in files] == ["a.txt", "b.txt", "c.txt", "link/linked.txt"]
+    (line,) = lines
+    assert line.startswith("data: 4 files (2.51 kB) to train on; 0 files (0 B) held out; left out: 2 hidden, 2 .md, ")
+    for kind in ("1 run folders", "1 empty", "1 broken links", "1 without a suffix", "1 .gz"):
+        assert kind in line
+    with pytest.raises(DataError, match="is a run folder"):
+        text_files(str(data / "run"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("content", ["Grüße, 世界 🏳️\nab\n" * 40, "ohne Zeilenende, 世界 " * 40, "世" * 400])
+def test_a_byte_order_mark_decides_the_encoding(
+    tmp_path: Path, encoding: str, content: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text, "PIECE_BYTES", 100)
+    path = tmp_path / "a.txt"
+    path.write_bytes(content.encode(encoding))
+    file = CorpusFile("a.txt", path)
+    assert "".join(texts(file)) == content
+    (training,), (held_out,) = split_files([file], 0.3)
+    assert "".join(texts(training) + texts(held_out)) == content
+    assert 0.2 < len("".join(texts(held_out))) / len(content) < 0.4
+
+
+def test_a_marked_jsonl_file_keeps_its_first_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('{"text": "one"}\n{"text": "zwölf"}\n'.encode("utf-8-sig"))
+    assert texts(CorpusFile("a.jsonl", path)) == ["one", "zwölf"]
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16-le"])
+def test_text_in_another_encoding_is_bad_data(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes("schöne Grüße\n".encode(encoding))
+    lines: list[str] = []
+    bad = BadData("skip", lines.append)
+    assert list(text_pieces(CorpusFile("a.txt", path), bad=bad)) == []
+    assert (bad.files, len(lines)) == (1, 1)
+    assert lines[0].startswith(f"skipped: {path} is ")
+    with pytest.raises(DataError) as error:
+        texts(CorpusFile("a.txt", path))
+    one_line(error, str(path), "--data.bad_rows skip")
+    jsonl = path.with_suffix(".jsonl")
+    jsonl.write_bytes('{"text": "good"}\n{"text": "schön"}\n'.encode("latin-1"))
+    bad = BadData("skip", lines.append)
+    documents = [each.text for _, piece in text_pieces(CorpusFile("a.jsonl", jsonl), bad=bad) for each in piece]
+    assert (documents, bad.rows) == (["good"], 1)
+    assert lines[1] == f"skipped: {jsonl} line 2 is not UTF-8 (byte 0xf6)"
+
+
+@pytest.mark.parametrize("content", ["word " * 2000, "x" * 9000, "世" * 5000, f"one\n{'long ' * 900}\nthree\n"])
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_long_lines_come_in_bounded_parts(
+    tmp_path: Path, content: str, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text, "PIECE_BYTES", 100)
+    path = tmp_path / f"a.{suffix}"
+    path.write_text(content if suffix == "txt" else json.dumps({"text": content}))
+    file = CorpusFile(path.name, path)
+    pieces = list(text_pieces(file, bad=STOP))
+    documents = [document for _, piece in pieces for document in piece]
+    assert "".join(document.text for document in documents) == content
+    assert max(len(document.text) for document in documents) <= 200
+    assert [document.begins for document in documents] == [True] + [False] * (len(documents) - 1)
+    assert [document.ends for document in documents] == [False] * (len(documents) - 1) + [True]
+    for index, (offset, _) in enumerate(pieces):
+        assert list(text_pieces(file, offset, bad=STOP)) == pieces[index:]
 
 
 def test_long_text_is_one_document_in_pieces_that_can_be_resumed(

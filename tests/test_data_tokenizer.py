@@ -97,6 +97,24 @@ def test_documents_follow_each_other_and_parts_join(tokenizer: PreTrainedTokeniz
     assert encode([]).shape == (0,)
 
 
+@pytest.mark.parametrize("kind", ["Metaspace", "Prepend", "ByteLevel"])
+def test_a_part_that_continues_a_document_gets_no_space(kind: str) -> None:
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
+    backend = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "▁a": 2, "a": 3, "Ġa": 2}, unk_token="<s>"))
+    if kind == "Prepend":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    elif kind == "Metaspace":
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    else:
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    encode = Encoder(PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>"))
+    assert encode([Document("a a a")]).tolist() == [0, 2, 2, 2, 1]
+    parts = [Document("a", ends=False), Document(" a", begins=False, ends=False), Document("a a", begins=False)]
+    assert encode(parts).tolist() == [0, 2, 2, 3, 2, 1]
+
+
 def test_bad_tokenizers_are_named_in_one_line(folder: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()

@@ -10,7 +10,8 @@ import pytest
 
 from eval_tasks import TASKS, TASKS_FOLDER
 from eval_tasks import build as tasks
-from jax_huginn.data.sources.files import is_held_out, stdlib_files
+from jax_huginn.data.sources.files import stdlib_files
+from jax_huginn.data.sources.split import is_held_out
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -154,7 +154,7 @@ def build_data(
         hub = HubFiles(config.data, tokenizer_dir.parent, report)
         training, held_out = hub.training, hub.held_out
     else:
-        training, held_out = corpus(config.data)
+        training, held_out = corpus(config.data, report)
     tokenizer = _tokenizer(config, training, tokenizer_dir)
     length = config.train.sequence_length
     settings: dict[str, Any] = {"sequence_length": length}

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 BOS, EOS, PAD = "<|begin_text|>", "<|end_text|>", "<|pad|>"
+CHARACTERS_AT_ONCE = 2**20
 ALPHABET = 256  # one token for every byte, so that every text can be encoded
 
 
@@ -134,27 +135,74 @@ def token_bytes(tokenizer: "PreTrainedTokenizerFast", vocab_size: int) -> np.nda
 
 
 class Encoder:
-    """Encodes documents as one sequence of tokens, `BOS text EOS BOS text EOS ...`."""
+    """Encodes documents as one sequence of tokens, `BOS text EOS BOS text EOS ...`.
+
+    A part that continues a document gets no space in front, which many tokenizers put before a text's first word.
+    """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
         from tokenizers import Tokenizer
 
         # A copy without truncation, which encodes "<|end_text|>" in a document as text, not as EOS.
-        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        self._backend.encode_special_tokens = True
+        settings = _settings(tokenizer)
+        self._of_beginnings, self._of_rest = (
+            Tokenizer.from_str(json.dumps(each)) for each in (settings, _without_prefix(settings))
+        )
+        for backend in (self._of_beginnings, self._of_rest):
+            backend.no_truncation()
+            backend.no_padding()
+            backend.encode_special_tokens = True
         self._bos = np.array([tokenizer.bos_token_id], np.int32)
         self._eos = np.array([tokenizer.eos_token_id], np.int32)
 
     def __call__(self, documents: Sequence[Document]) -> np.ndarray:
         """Tokens (N,) int32."""
-        texts = [document.text for document in documents]
         parts = [np.zeros(0, np.int32)]
-        for document, encoding in zip(
-            documents, self._backend.encode_batch_fast(texts, add_special_tokens=False), strict=True
-        ):
-            parts += [self._bos] if document.begins else []
-            parts.append(np.asarray(encoding.ids, np.int32))
-            parts += [self._eos] if document.ends else []
+        for batch in _batches(documents):
+            for document, ids in zip(batch, self._ids(batch), strict=True):
+                parts += [self._bos] if document.begins else []
+                parts.append(ids)
+                parts += [self._eos] if document.ends else []
         return np.concatenate(parts)
+
+    def _ids(self, documents: Sequence[Document]) -> list[np.ndarray]:
+        """The tokens of each text."""
+        ids: dict[int, np.ndarray] = {}
+        for backend, begins in ((self._of_beginnings, True), (self._of_rest, False)):
+            chosen = [index for index, document in enumerate(documents) if document.begins == begins]
+            texts = [documents[index].text for index in chosen]
+            for index, encoding in zip(chosen, backend.encode_batch_fast(texts, add_special_tokens=False), strict=True):
+                ids[index] = np.asarray(encoding.ids, np.int32)
+        return [ids[index] for index in range(len(documents))]
+
+
+def _batches(documents: Sequence[Document]) -> Iterator[list[Document]]:
+    """Documents in groups of about `CHARACTERS_AT_ONCE`: encoding takes over a hundred bytes for each character."""
+    batch: list[Document] = []
+    held = 0
+    for document in documents:
+        batch.append(document)
+        held += len(document.text)
+        if held >= CHARACTERS_AT_ONCE:
+            yield batch
+            batch, held = [], 0
+    yield batch
+
+
+def _without_prefix(settings: Any) -> Any:
+    """A tokenizer's settings without what puts a space before a text."""
+    if isinstance(settings, list):
+        kept = [each for each in settings if not (isinstance(each, dict) and each.get("type") == "Prepend")]
+        return [_without_prefix(each) for each in kept]
+    if not isinstance(settings, dict):
+        return settings
+    changed = {
+        name: None if isinstance(each, dict) and each.get("type") == "Prepend" else _without_prefix(each)
+        for name, each in settings.items()
+        if name in ("normalizer", "normalizers", "pre_tokenizer", "pretokenizers")
+    }
+    if settings.get("type") == "Metaspace":
+        changed["prepend_scheme"] = "never"
+    if "add_prefix_space" in settings and settings.get("type") == "ByteLevel":
+        changed["add_prefix_space"] = False
+    return settings | changed

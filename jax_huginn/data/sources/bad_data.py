@@ -5,6 +5,7 @@ from typing import Literal
 
 from jax_huginn.data.sources.files import CorpusFile, DataError
 
+MANY = 1000  # bad rows, if they are also more than the good ones, end the run under either policy
 SHOWN = 3  # bad rows reported for each file; the rest are only counted
 
 
@@ -17,6 +18,7 @@ class BadData:
 
     def __init__(self, policy: Literal["skip", "stop"], report: Callable[[str], None]) -> None:
         self._stop, self._report = policy == "stop", report
+        self._good = self._bad = 0  # rows read in this session
         self.rows = 0
         """Rows, or lines of .jsonl files, skipped so far."""
         self.files = 0
@@ -26,11 +28,25 @@ class BadData:
         self._in_file: dict[str, int] = {}  # bad rows by file
         self._reported: set[str] = set()  # files read to their end
 
+    def read(self, rows: int) -> None:
+        """Count good rows."""
+        self._good += rows
+
     def row(self, file: CorpusFile, place: Callable[[], str], reason: str) -> None:
-        """Skip the row at `place` ("row 7", called only if it is reported), or raise `DataError`."""
+        """Skip the row at `place` ("row 7", called only if it is reported).
+
+        Raises:
+            DataError: the policy is to stop, or most of the rows are bad.
+        """
         if self._stop:
             raise DataError(f"{file.path} {place()} {reason}; fix it, or skip such rows with --data.bad_rows skip")
         self.rows += 1
+        self._bad += 1
+        if self._bad >= MANY and self._bad > self._good:
+            raise DataError(
+                f"{self._bad} of the {self._bad + self._good} rows read cannot be used, the last one because "
+                f"{file.path} {place()} {reason}: was this data made for another model?"
+            )
         name = file.relative_path
         self._in_file[name] = self._in_file.get(name, 0) + 1
         if name not in self._reported and self._in_file[name] <= SHOWN:
@@ -40,7 +56,9 @@ class BadData:
     def file(self, file: CorpusFile, reason: str) -> None:
         """Skip the rest of the file, or raise `DataError`."""
         if self._stop:
-            raise DataError(f"{file.path} {reason}; fix or remove it, or skip such files with --data.bad_rows skip")
+            raise DataError(
+                f"{file.path} {reason}; fix, convert or remove it, or skip such files with --data.bad_rows skip"
+            )
         self.files += 1
         if file.relative_path not in self._reported:
             self.last = f"{file.path} {reason}"

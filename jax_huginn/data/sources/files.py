@@ -1,15 +1,18 @@
-"""The files that a run reads, and their split into training and validation."""
+"""The files that a run reads, and how they are found."""
 
-import hashlib
 import os
 import sysconfig
-from dataclasses import dataclass, replace
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from jax_huginn.config.checks import UserError
 
 TEXT_SUFFIXES = (".txt", ".py", ".jsonl")
+UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
+RUN_MARKS = (".lock", "metrics.jsonl", "checkpoints")  # beside config.json
 STDLIB_EXCLUDED = frozenset(
     # Not part of the library, or absent from some distributions' packages: excluded so that all machines agree.
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -39,100 +42,132 @@ class CorpusFile:
     digest: str = ""
     """SHA-256, or git's SHA-1 of a small file, on the hub."""
 
+    @property
+    def bytes_to_read(self) -> int:
+        """Its part's size."""
+        whole = self.path.stat().st_size if self.size is None else self.size
+        return (whole if self.end is None else self.end) - self.begin
+
 
 def stdlib_files() -> list[CorpusFile]:
     """The sources of the running Python's standard library, sorted, without tests and generated tables: 10 MB."""
-    return _files_under(Path(sysconfig.get_path("stdlib")), (".py",), STDLIB_EXCLUDED)
+    return _files_under(Path(sysconfig.get_path("stdlib")), (".py",), Counter(), excluded=STDLIB_EXCLUDED)
 
 
-def text_files(path: str, option: str = "data.path") -> list[CorpusFile]:
-    """The .txt, .py and .jsonl files in a folder (recursive, sorted), or a single one."""
-    return _files_at(path, option, TEXT_SUFFIXES)
+def text_files(path: str, option: str = "data.path", left_out: Counter[str] | None = None) -> list[CorpusFile]:
+    """The .txt, .py and .jsonl files in a folder (recursive, sorted), or a single one.
 
-
-def parquet_files(path: str, option: str = "data.path") -> list[CorpusFile]:
-    """The .parquet files in a folder (recursive, sorted), or a single one."""
-    return _files_at(path, option, (".parquet",), empty=True)
-
-
-def _path_hash(relative_path: str) -> float:
-    """A number in [0, 1) from the SHA-256 of the path."""
-    return int.from_bytes(hashlib.sha256(relative_path.encode()).digest()[:6], "big") / 2**48
-
-
-def is_held_out(relative_path: str, fraction: float) -> bool:
-    """Whether a file, by the hash of its POSIX relative path, belongs to the held-out share `fraction`."""
-    return _path_hash(relative_path) < fraction
-
-
-def split_files(files: list[CorpusFile], fraction: float) -> tuple[list[CorpusFile], list[CorpusFile]]:
-    """Training and held-out files, by the hash of the relative path.
-
-    Both sides get at least one file: if the hash leaves a side empty, the file with the lowest hash is held out, or the
-    one with the highest is trained on. A single text file is split at the first line end after a share 1 - fraction of
-    its bytes, and its tail is held out.
+    Args:
+        left_out: counts by kind what the folder holds besides.
     """
-    if fraction == 0:
-        return files, []
-    if len(files) == 1:
-        return _split_one(files[0], fraction)
-    ranked = sorted(files, key=lambda file: (_path_hash(file.relative_path), file.relative_path))
-    count = sum(is_held_out(file.relative_path, fraction) for file in files)
-    held_out = set(ranked[: min(max(count, 1), len(files) - 1)])
-    return [file for file in files if file not in held_out], [file for file in files if file in held_out]
+    return _files_at(path, option, TEXT_SUFFIXES, left_out)
 
 
-def _split_one(file: CorpusFile, fraction: float) -> tuple[list[CorpusFile], list[CorpusFile]]:
-    advice = "provide more files, or set --data.validation_fraction 0"
-    if file.path.suffix == ".parquet":
-        raise DataError(f"{file.path} is the only file, so none can be held out: {advice}, or data.validation_path")
-    size = file.path.stat().st_size
-    with open_file(file.path) as lines:
-        lines.seek(max(int((1 - fraction) * size) - 1, 0))
-        lines.readline()
-        cut = lines.tell()
-    if not 0 < cut < size:
-        raise DataError(f"{file.path} cannot be split for validation at a line end: {advice}")
-    return [replace(file, end=cut)], [replace(file, begin=cut, end=size)]
+def parquet_files(path: str, option: str = "data.path", left_out: Counter[str] | None = None) -> list[CorpusFile]:
+    """The .parquet files in a folder (recursive, sorted), or a single one; `left_out` as in `text_files`."""
+    return _files_at(path, option, (".parquet",), left_out, empty=True)
 
 
-def _files_at(path: str, option: str, suffixes: tuple[str, ...], empty: bool = False) -> list[CorpusFile]:
+def describe(training: Sequence[CorpusFile], held_out: Sequence[CorpusFile], left_out: Counter[str]) -> str:
+    """One line: the files and bytes to train on and to validate on, and what was left out."""
+    parts = [f"{_count(training)} to train on", f"{_count(held_out)} held out"]
+    if left_out:
+        parts.append("left out: " + ", ".join(f"{count} {kind}" for kind, count in left_out.most_common(8)))
+    return "data: " + "; ".join(parts)
+
+
+def _count(files: Sequence[CorpusFile]) -> str:
+    size = sum(file.bytes_to_read for file in files)
+    scale, unit = next(each for each in UNITS if size >= 0.9995 * each[0] or each[0] == 1)
+    return f"{len(files)} file{'s' * (len(files) != 1)} ({size / scale:.3g} {unit})"
+
+
+def _files_at(
+    path: str, option: str, suffixes: tuple[str, ...], left_out: Counter[str] | None, empty: bool = False
+) -> list[CorpusFile]:
     place, wanted = Path(path), " or ".join(suffixes)
+    left_out = Counter() if left_out is None else left_out
     try:
         if place.is_file():
-            if place.suffix not in suffixes:
+            if place.suffix.lower() not in suffixes:
                 raise DataError(f"{option}={path!r} is not a {wanted} file")
             files = [CorpusFile(place.name, place)] if empty or place.stat().st_size else []
+        elif _is_run(place):
+            raise DataError(f"{option}={path!r} is a run folder: name a folder of data, or another --run_dir")
         elif place.is_dir():
-            files = _files_under(place, suffixes, empty=empty)
+            files = _files_under(place, suffixes, left_out, empty=empty)
         else:
             raise DataError(f"{option}={path!r} does not exist: provide a folder or file with {wanted} data")
     except OSError as error:
         raise DataError(f"{option}={path!r} cannot be read: {error.filename}: {error.strerror}") from None
     if not files:
-        raise DataError(f"{option}={path!r} contains no {wanted} data: name another folder, or set data.source")
+        besides = f" ({describe([], [], left_out).split('; ')[-1]})" if left_out else ""
+        raise DataError(
+            f"{option}={path!r} contains no {wanted} data{besides}: name another folder, or set data.source"
+        )
     return files
 
 
 def _files_under(
-    folder: Path, suffixes: tuple[str, ...], excluded: frozenset[str] = frozenset(), empty: bool = False
+    folder: Path,
+    suffixes: tuple[str, ...],
+    left_out: Counter[str],
+    *,
+    excluded: frozenset[str] = frozenset(),
+    empty: bool = False,
 ) -> list[CorpusFile]:
     """Files below a folder, sorted by relative POSIX path. Raises `OSError` for a folder that cannot be listed.
 
-    Empty files are left out unless `empty`: an empty text is no document, while an empty parquet file is damaged and
-    its reader reports it.
+    Links are followed, but nothing is read twice: a file's or folder's real path is preferred to links to it. Hidden
+    names and run folders are left out, and empty files too unless `empty`: an empty text is no document, while an empty
+    parquet file is damaged and its reader reports it.
     """
 
     def fail(error: OSError) -> None:
         raise error
 
-    files = []
-    for parent, folders, names in os.walk(folder, onerror=fail):
-        folders[:] = [name for name in folders if name not in excluded]
-        for path in (Path(parent, name) for name in names if name.endswith(suffixes)):
-            if empty or path.stat().st_size:
-                files.append(CorpusFile(path.relative_to(folder).as_posix(), path))
-    return sorted(files, key=lambda file: file.relative_path)
+    files: dict[tuple[int, int], Path] = {}
+    links: list[Path] = []
+    visited: set[tuple[int, int]] = set()
+    tops = deque([folder])  # linked folders come after all others
+    while tops:
+        for parent, folders, names in os.walk(tops.popleft(), onerror=fail):
+            if (identity := _identity(Path(parent))) in visited:
+                folders.clear()
+                continue
+            visited.add(identity)
+            left_out["hidden"] += sum(name.startswith(".") for name in (*folders, *names))
+            below = [Path(parent, name) for name in sorted(folders) if name[0] != "." and name not in excluded]
+            left_out["run folders"] += sum(map(_is_run, below))
+            below = [path for path in below if not _is_run(path)]
+            folders[:] = [path.name for path in below if not path.is_symlink()]
+            tops += [path for path in below if path.is_symlink()]
+            for path in (Path(parent, name) for name in sorted(names) if name[0] != "."):
+                if not path.name.lower().endswith(suffixes):
+                    left_out[path.suffix.lower() or "without a suffix"] += 1
+                elif not path.exists():
+                    left_out["broken links"] += 1
+                elif path.is_symlink():
+                    links.append(path)
+                elif empty or path.stat().st_size:
+                    files[_identity(path)] = path
+                else:
+                    left_out["empty"] += 1
+    for path in links:
+        files.setdefault(_identity(path), path)
+    found = [CorpusFile(path.relative_to(folder).as_posix(), path) for path in files.values()]
+    left_out += Counter()  # in place: drops the zeros
+    return sorted(found, key=lambda file: file.relative_path)
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a run wrote this folder: its records are never data."""
+    return (folder / "config.json").is_file() and any((folder / name).exists() for name in RUN_MARKS)
 
 
 def open_file(path: Path) -> BinaryIO:

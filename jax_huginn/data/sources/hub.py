@@ -19,7 +19,8 @@ import numpy as np
 from jax_huginn.config.schema import DataConfig
 from jax_huginn.data.sources.cache import FileCache
 from jax_huginn.data.sources.download import FetchError, Patience, UnreachableError, fetch
-from jax_huginn.data.sources.files import CorpusFile, DataError, split_files
+from jax_huginn.data.sources.files import CorpusFile, DataError
+from jax_huginn.data.sources.split import split_files
 
 if TYPE_CHECKING:
     from jax_huginn.data.reader import Pieces

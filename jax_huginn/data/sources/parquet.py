@@ -26,7 +26,9 @@ def parquet_pieces(
     """
     try:
         for first, column in _columns(path or file.path, offset):
-            yield first, _token_rows(file, first, column, length, vocab_size, bad)
+            rows = _token_rows(file, first, column, length, vocab_size, bad)
+            bad.read(len(rows))
+            yield first, rows
     except _UnusableError as error:
         return bad.file(file, str(error))
     except OSError as error:
