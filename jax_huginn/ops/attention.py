@@ -69,14 +69,14 @@ def cached_attention(
     dtype = at_least_float32(q_BSHK.dtype)
     batch, length, heads, head_dim = q_BSHK.shape
     q_BSGhK = q_BSHK.reshape(batch, length, k_BLGK.shape[2], -1, head_dim)
-    scores = jnp.einsum("bsgnk,blgk->bgxsl", q_BSGhK, k_BLGK, preferred_element_type=dtype)
+    scores = jnp.einsum("bsgnk,blgk->bgnsl", q_BSGhK, k_BLGK, preferred_element_type=dtype)
     scores = scores.reshape(batch, heads, length, -1)
     if k_bias_LHK is not None:
         scores += jnp.einsum("bshk,lhk->bhsl", q_BSHK, k_bias_LHK, preferred_element_type=dtype)
     visible_BSL = jnp.arange(k_BLGK.shape[1]) <= index_BS[:, :, None]
     scores = jnp.where(visible_BSL[:, None], scores * head_dim**-0.5, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BLGK.dtype).reshape(batch, *q_BSGhK.shape[2:4], length, -1)
-    return jnp.einsum("bgxsl,blgk->bsgnk", weights, v_BLGK).reshape(q_BSHK.shape)
+    return jnp.einsum("bgnsl,blgk->bsgnk", weights, v_BLGK).reshape(q_BSHK.shape)
 
 
 def resolve(
