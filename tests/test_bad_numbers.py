@@ -12,7 +12,7 @@ import pytest
 from jax import lax
 
 from jax_huginn.model.huginn import MoEHuginnModel, TrainingLoss
-from jax_huginn.reporting.alarms import BadNumbersError, Watch, require_finite
+from jax_huginn.reporting.alarms import Alarms, BadNumbersError
 from jax_huginn.training import loop
 from jax_huginn.training.depth import sample_depths
 from jax_huginn.training.loop import train
@@ -136,11 +136,12 @@ def read(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
 
 
-def test_parameters_that_are_not_finite_are_not_saved():
-    require_finite({"step": 3, "param_norm": 2.0}, lambda: 2)
+def test_weights_that_are_not_finite_are_not_saved(make_config):
+    alarms = Alarms(make_config(), print, lambda: 2)
+    alarms.require_finite({"step": 3, "param_norm": 2.0})
     for norm in (math.nan, math.inf):
-        with pytest.raises(BadNumbersError, match=r"step 3: the parameters are not finite.* checkpoint is step 2"):
-            require_finite({"step": 3, "param_norm": norm}, lambda: 2)
+        with pytest.raises(BadNumbersError, match=r"step 3: the weights are not finite.* checkpoint is step 2"):
+            alarms.require_finite({"step": 3, "param_norm": norm})
 
 
 # ---- Warnings -------------------------------------------------------------------------------------------------------
@@ -149,12 +150,12 @@ def test_parameters_that_are_not_finite_are_not_saved():
 @pytest.fixture
 def watched(make_config):
     said: list[str] = []
-    watch = Watch(make_config(), said.append)
+    alarms = Alarms(make_config(), said.append, lambda: None)
 
     def see(loss: float, **more) -> list[str]:
         said.clear()
         see.step += 1
-        watch.see({"step": see.step, "loss": loss, **more}, lambda: None)
+        alarms.see({"step": see.step, "loss": loss, **more})
         return list(said)
 
     see.step = 0

@@ -247,3 +247,20 @@ def test_each_optimizer_learns_a_small_problem(make_config, name):
         params, state, value = step(params, state)
         values.append(float(value))
     assert values[-1] < 0.1 * values[0], (values[0], values[-1])
+
+
+def test_bfloat16_moments_need_a_second_moment_that_can_fall():
+    """v decays from 1 to 0.01 after the gradient falls tenfold, stored in bfloat16 at b2 = 0.995; nearer to 1 it does
+    not, and is refused."""
+
+    def fallen(b2: float) -> float:
+        decay = lambda _, v: (b2 * v.astype(jnp.float32) + (1 - b2) * 0.01).astype(jnp.bfloat16)  # noqa: E731
+        return float(jax.lax.fori_loop(0, 20_000, decay, jnp.ones((), jnp.bfloat16))) ** 0.5
+
+    assert fallen(0.999) > 0.9
+    assert fallen(0.995) < 0.25
+    OptimizerConfig(moment_dtype="bfloat16", b2=0.995)
+    OptimizerConfig(b2=0.999)
+    for b2 in (0.997, 0.999):
+        with pytest.raises(ConfigError, match=rf"moment_dtype=bfloat16 cannot hold .* optimizer.b2={b2}"):
+            OptimizerConfig(moment_dtype="bfloat16", b2=b2)

@@ -1,6 +1,7 @@
 """Meshes: what is refused, what launchers say, and all of tests/parallel_cases on 8 devices."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from jax_huginn.config.checks import ConfigError
 from jax_huginn.config.schema import ParallelConfig
 from jax_huginn.model.initializers import random_state
+from jax_huginn.parallel import processes
 from jax_huginn.parallel.mesh import make_mesh, mesh_sizes, require_fit
 from jax_huginn.parallel.processes import by_launcher
 
@@ -97,6 +99,22 @@ def test_what_launchers_say(environment, method, devices):
     arguments = by_launcher(ParallelConfig(), environment)
     assert (arguments and arguments["cluster_detection_method"]) == method
     assert (arguments and arguments["local_device_ids"]) == devices
+
+
+def test_an_interactive_step_of_one_task_is_alone():
+    """`srun -n 1` within an allocation of four tasks: the step's own count decides."""
+    step = {"SLURM_STEP_NODELIST": "a", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}
+    assert by_launcher(ParallelConfig(), step) is None
+
+
+def test_a_missing_process_0_is_one_line(monkeypatch):
+    monkeypatch.setattr(processes, "CONNECT_SECONDS", 0)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    options = ParallelConfig(coordinator=address, process_count=2, process_id=1)
+    with pytest.raises(ConfigError, match=rf"process 0 does not answer at parallel.coordinator={address}"):
+        processes.initialize(options)
 
 
 def test_open_mpi_5_needs_an_address():

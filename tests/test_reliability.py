@@ -117,7 +117,8 @@ def test_a_last_save_that_fails_ends_in_one_line_and_the_same_command_mends_it(s
     printed, errors = process.communicate(timeout=120)
     assert process.returncode == 2
     assert (
-        errors == "error: step 20 is not saved: mend what hinders it, and the same command goes on from its beginning\n"
+        errors
+        == "error: step 20 was not saved; fix the cause and rerun the same command to resume from the beginning\n"
     )
     assert printed.count("error: checkpoint 10 was not written") == printed.count("error: checkpoint 20 was not") == 1
     (blocked / ".unfinished").unlink()

@@ -47,15 +47,46 @@ def test_another_config_is_refused_and_named(make_config, tmp_path):
 
 
 def test_a_start_that_failed_does_not_bind_the_folder(make_config, tmp_path):
-    """A mistyped path, say, is mended by the same command with the right one; what is not the run's own stays."""
+    """The same command with the right path starts; what was deleted is named, and what is not the run's own stays."""
     config = dataclasses.replace(make_config(data={"path": "wrong"}), run_dir=str(tmp_path / "run"))
     open_run_folder(config)
     (tmp_path / "run/tokenizer").mkdir()
     (tmp_path / "run/notes.txt").write_text("mine")
-    open_run_folder(dataclasses.replace(config, data=dataclasses.replace(config.data, path="right")))
+    said: list[str] = []
+    open_run_folder(dataclasses.replace(config, data=dataclasses.replace(config.data, path="right")), said.append)
+    (line,) = said
+    assert "data.path was 'wrong', now 'right'" in line
+    assert line.endswith("deleted tokenizer, config.json")
     assert json.loads((tmp_path / "run/config.json").read_text())["data"]["path"] == "right"
     assert not (tmp_path / "run/tokenizer").exists()
     assert (tmp_path / "run/notes.txt").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["checkpoints/base-model/model.bin", "tokenizer/notes.txt", "profile/old.json", "metrics.jsonl",
+             "tokenizer/tokenizer.json", "checkpoints/100/model.bin"],
+)  # fmt: skip
+def test_a_folder_of_others_is_refused_and_left_as_it_is(make_config, tmp_path, name):
+    config = dataclasses.replace(make_config(data={"path": "wrong"}), run_dir=str(tmp_path / "run"))
+    file = tmp_path / "run" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    for path in ("wrong", "right"):
+        again = dataclasses.replace(config, data=dataclasses.replace(config.data, path=path))
+        with pytest.raises(ConfigError, match=r"holds .*, which no run wrote there: move it, or name another"):
+            open_run_folder(again)
+    assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == [file]
+
+
+@pytest.mark.parametrize("name", ["checkpoints/base-model/model.bin", "tokenizer/notes.txt", "profile/old.json"])
+def test_what_is_put_into_a_run_later_is_not_deleted(make_config, tmp_path, name):
+    config = dataclasses.replace(make_config(data={"path": "wrong"}), run_dir=str(tmp_path / "run"))
+    open_run_folder(config)
+    (tmp_path / "run" / name).parent.mkdir(parents=True)
+    (tmp_path / "run" / name).write_text("mine")
+    with pytest.raises(ConfigError, match="which no run wrote there"):
+        open_run_folder(dataclasses.replace(config, data=dataclasses.replace(config.data, path="right")))
+    assert (tmp_path / "run" / name).read_text() == "mine"
 
 
 def test_checkpoints_are_deleted_only_on_demand(make_config, tmp_path):
@@ -105,8 +136,8 @@ def test_tensorboard_reads_what_was_written(tmp_path):
     writer.write({"step": 2, "loss": 1.25})
     writer.close()
     events = EventAccumulator(str(tmp_path)).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 2.5), (2, 1.25)]
-    assert "expert_counts" not in events.Tags()["scalars"]
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 2.5), (2, 1.25)]
+    assert "router/expert_counts" not in events.Tags()["scalars"]
 
 
 def test_wandb_gets_project_config_and_a_lasting_id(make_config, tmp_path, monkeypatch):
@@ -122,7 +153,7 @@ def test_wandb_gets_project_config_and_a_lasting_id(make_config, tmp_path, monke
     assert calls[0]["id"] == calls[1]["id"] != ""
     assert calls[0]["project"] == "moe-huginn"
     assert calls[0]["config"]["model"]["width"] == config.model.width
-    assert logged[0] == (4, {"loss": 1.0})
+    assert logged[0] == (4, {"train/loss": 1.0})
 
 
 def test_wandb_missing_is_one_line(make_config, tmp_path, monkeypatch):

@@ -158,7 +158,7 @@ def test_a_stop_signal_saves_and_says_how_to_resume(number, corpus, tmp_path):
     rest, _ = process.communicate(timeout=120)
     assert process.returncode == 0, rest
     assert f"stopped by {number.name}: saved step" in rest
-    assert "the same command goes on" in rest
+    assert "rerun the same command to resume" in rest
     saved = int(find_step(tmp_path / "run").name)
     assert f"saved step {saved};" in rest
     assert records_of(tmp_path / "run")[-1]["step"] == saved >= 4

@@ -24,7 +24,7 @@ from jax_huginn.files import reason, whole_folder
 from jax_huginn.interop.errors import WeightsError
 from jax_huginn.interop.foreign_weights import LazyArray, Weights
 
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "tokenizer.model", "chat_template.jinja", "tokenizer.json",
 )  # fmt: skip
@@ -67,7 +67,7 @@ def write_run(params: Any, config: Config, run_dir: Path, tokenizer: Path | None
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copy a tokenizer's files and no others; `tokenizer.json` comes last, so that its presence means success."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in _TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
 

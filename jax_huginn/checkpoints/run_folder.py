@@ -1,29 +1,45 @@
-"""The run folder: who may write into it, and the config that it belongs to."""
+"""The run folder: which job may write into it, which config it belongs to, and what in it is the run's own."""
 
 import json
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from filelock import FileLock, Timeout
 
+from jax_huginn.checkpoints.import_run import TOKENIZER_FILES
 from jax_huginn.config.checks import ConfigError
 from jax_huginn.config.compatibility import changes
 from jax_huginn.config.dicts import from_dict, to_dict
 from jax_huginn.config.schema import Config
+from jax_huginn.files import whole_file
+
+# What a run writes: files, and folders with a pattern of what it puts into them.
+OWN_FILES = ("metrics.jsonl", "config.json", "wandb_id", "hub_files.json")
+OWN_FOLDERS = {
+    "checkpoints": r"\d+(\.damaged(-\d+)?)?|\.unfinished",
+    "tensorboard": r"events\..*",
+    "tokenizer": "|".join(map(re.escape, TOKENIZER_FILES)),
+    "profile": "plugins",
+    "compiled": r".*-(cache|atime)|xla_.*",
+}
 
 
 class RunLock:
-    """Keeps a second job out of a run folder while the first is in it. The system lifts it when a process ends, however
-    it does; a file system without locks (`filelock.SoftFileLock` then) may leave the file behind after a kill."""
+    """Keeps a second job out of a run folder while the first is in it.
+
+    The system releases it whenever the process ends; on a file system without locks a kill may leave the file behind.
+    """
 
     def __init__(self, folder: Path):
         self.folder, self.file = folder, folder / ".lock"
         self._lock = FileLock(self.file)
 
     def acquire(self) -> None:
-        """Make the folder if need be, and take it.
+        """Create the folder if it is missing, and lock it.
 
         Raises:
             ConfigError: another job has it, or it cannot be written.
@@ -33,8 +49,8 @@ class RunLock:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise ConfigError(
-                f"run_dir={self.folder} is in use by another job: wait for its end, or name another --run_dir (if no "
-                f"other runs, delete {self.file})"
+                f"run_dir={self.folder} is in use by another job: wait for it to end, or name another --run_dir (if "
+                f"none runs, delete {self.file})"
             ) from None
         except OSError as error:
             raise _unwritable(self.folder, error) from None
@@ -46,7 +62,7 @@ class RunLock:
         self._lock.release()
 
 
-def open_run_folder(config: Config) -> Path:
+def open_run_folder(config: Config, say: Callable[[str], None] = print) -> Path:
     """Create the run folder or check that it is this run's, and write config.json into it. `RunLock` holds it.
 
     Raises:
@@ -54,6 +70,7 @@ def open_run_folder(config: Config) -> Path:
     """
     folder = Path(config.run_dir)
     file = folder / "config.json"
+    _require_own(folder)
     begun = any(folder.glob("checkpoints/[0-9]*"))
     if begun and not config.checkpoint.resume:
         if not config.checkpoint.overwrite:
@@ -61,10 +78,10 @@ def open_run_folder(config: Config) -> Path:
                 f"run_dir={folder} holds checkpoints and checkpoint.resume is false: name another --run_dir, or "
                 "--checkpoint.overwrite true to delete them"
             )
-        _clear(folder)
+        say(f"checkpoint.overwrite: deleted {_clear(folder)} in {folder}")
     elif (folder / "checkpoints/0").is_dir():
         raise ConfigError(
-            f"run_dir={folder} holds imported weights and no optimiser state to go on from: start another --run_dir "
+            f"run_dir={folder} holds imported weights and no optimiser state to resume from: start another --run_dir "
             f"from them with --checkpoint.init_from {folder}"
         )
     elif file.exists() and (changed := changes(_read(file), config)):
@@ -72,12 +89,11 @@ def open_run_folder(config: Config) -> Path:
             raise ConfigError(
                 f"run_dir={folder} belongs to another config ({'; '.join(changed)}): name another --run_dir"
             )
-        _clear(folder)  # nothing was trained under the old config: its start failed, or it was stopped at once
+        say(f"{folder} saved no checkpoint under another config ({'; '.join(changed)}): deleted {_clear(folder)}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        replacement = file.with_suffix(".tmp")
-        replacement.write_text(json.dumps(to_dict(config), indent=2) + "\n")
-        replacement.replace(file)
+        with whole_file(file) as unfinished:
+            unfinished.write_text(json.dumps(to_dict(config), indent=2) + "\n")
     except OSError as error:
         raise _unwritable(folder, error) from None
     return folder
@@ -88,7 +104,7 @@ def _unwritable(folder: Path, error: OSError) -> ConfigError:
 
 
 def _read(file: Path) -> Config:
-    """The config of the folder's run; a field that is younger than the run has its default."""
+    """The config of the folder's run; a field added since has its default."""
     try:
         return from_dict(json.loads(file.read_text()))
     except ConfigError as error:
@@ -97,9 +113,35 @@ def _read(file: Path) -> Config:
         raise ConfigError(f"{file} cannot be read as JSON ({error}): restore it, or name another --run_dir") from None
 
 
-def _clear(folder: Path) -> None:
-    """Delete what a run writes, and nothing else that may be there."""
-    for name in ("checkpoints", "tensorboard", "tokenizer", "profile", "compiled"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "config.json", "wandb_id", "hub_files.json"):
-        (folder / name).unlink(missing_ok=True)
+def _require_own(folder: Path) -> None:
+    """Refuse a folder that holds, under a name of ours, what no run wrote: it would be mixed up, or deleted later.
+
+    Raises:
+        ConfigError: the first such file.
+    """
+    for name, pattern in OWN_FOLDERS.items():
+        for entry in sorted((folder / name).iterdir()) if (folder / name).is_dir() else []:
+            if not re.fullmatch(pattern, entry.name):
+                raise _foreign(folder, f"{name}/{entry.name}")
+    if not (folder / "config.json").exists():
+        for name in OWN_FILES:
+            if (folder / name).exists():
+                raise _foreign(folder, name)
+        for name in OWN_FOLDERS:
+            for entry in (folder / name).glob("[!.]*"):
+                raise _foreign(folder, f"{name}/{entry.name}")
+
+
+def _foreign(folder: Path, name: str) -> ConfigError:
+    return ConfigError(f"run_dir={folder} holds {name}, which no run wrote there: move it, or name another --run_dir")
+
+
+def _clear(folder: Path) -> str:
+    """Delete what the run wrote, which `_require_own` has checked, and nothing else; the names of what was there."""
+    found = [name for name in (*OWN_FOLDERS, *OWN_FILES) if (folder / name).exists()]
+    for name in found:
+        if name in OWN_FOLDERS:
+            shutil.rmtree(folder / name, ignore_errors=True)
+        else:
+            (folder / name).unlink(missing_ok=True)
+    return ", ".join(found)

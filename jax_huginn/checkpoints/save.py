@@ -156,7 +156,10 @@ class Checkpoints:
             abstract,
             params=nnx.as_pure(params),
             opt_state=restored["optimizer"],
-            **{name: from_every_host(np.int32(count), abstract.step.sharding) for name, count in counts.items()},
+            **{
+                name: from_every_host(np.asarray(count, np.int32), abstract.step.sharding)
+                for name, count in counts.items()
+            },
         )
 
     def _find_newest(self) -> int | None:

@@ -71,6 +71,11 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         require_positive("optimizer", self, "learning_rate", "eps", "clip_norm")
+        require(
+            self.moment_dtype == "float32" or self.b2 < 0.997,
+            f"optimizer.moment_dtype={self.moment_dtype} cannot hold the second moment at optimizer.b2={self.b2}: its "
+            "decay of a step is below bfloat16's rounding, so that it never falls; use float32, or b2 of 0.995 or less",
+        )
         for name in ("b1", "b2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optimizer.{name}={value} must lie in [0, 1)")

@@ -7,7 +7,9 @@ compared or voted on by small exchanges of fixed shape, so that a disagreement i
 import json
 import os
 import signal
+import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +25,7 @@ from jax_huginn.config.schema import ParallelConfig
 from jax_huginn.parallel.mesh import BATCH, REPLICATED, from_every_host
 
 T = TypeVar("T")
+CONNECT_SECONDS = 120  # for all processes to find each other
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 _OWN_FIELDS = {"coordinator", "process_id", "process_count"}
 
@@ -71,16 +74,44 @@ def initialize(config: ParallelConfig) -> None:
     arguments = by_flags(config) if config.process_count else by_launcher(config, os.environ)
     if arguments is None or jax.distributed.is_initialized():
         return
+    _wait_for_first(arguments)
     try:
         jax.distributed.initialize(
             **arguments,
             heartbeat_timeout_seconds=config.heartbeat_seconds,
-            initialization_timeout=120,
+            initialization_timeout=CONNECT_SECONDS,
             shutdown_timeout_seconds=60,
         )
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:300]
         raise ConfigError(f"the processes of the run cannot be connected: {reason}") from None
+
+
+def _wait_for_first(arguments: dict[str, Any]) -> None:
+    """Wait until process 0 answers, if its address is known: JAX's own client would abort the program.
+
+    Raises:
+        ConfigError: it does not answer in time.
+    """
+    address, process = arguments.get("coordinator_address"), arguments.get("process_id")
+    if not address or process is None:
+        return
+    if process == 0:
+        print(f"waiting for {arguments['num_processes'] - 1} other process(es) at {address}", flush=True)
+        return
+    host, _, port = address.rpartition(":")
+    until = time.monotonic() + CONNECT_SECONDS
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise ConfigError(
+                    f"process 0 does not answer at parallel.coordinator={address} ({error.strerror or error}): start "
+                    f"it within {CONNECT_SECONDS} s of process {process}, and check the address"
+                ) from None
+            time.sleep(0.2)
 
 
 def by_flags(config: ParallelConfig) -> dict[str, Any] | None:
@@ -101,10 +132,12 @@ def by_launcher(config: ParallelConfig, environment: os._Environ | dict[str, str
     JAX finds the address; the devices of a process are chosen here. A process alone on its host takes all devices. If
     there are several, each takes the device of its local rank, unless the launcher already shows it a single device.
     """
-    if "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
+    # An interactive step has fewer tasks than its allocation, whose count is SLURM_NTASKS.
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", 1)))
+    if "SLURM_STEP_NODELIST" in environment and tasks > 1:
         method, local = "slurm", environment.get("SLURM_LOCALID", "0")
         on_host = environment.get("SLURM_STEP_TASKS_PER_NODE", environment.get("SLURM_TASKS_PER_NODE", "1"))
-        count, process_id = int(environment["SLURM_NTASKS"]), int(environment["SLURM_PROCID"])
+        count, process_id = tasks, int(environment["SLURM_PROCID"])
         alone = {part.split("(")[0] for part in on_host.split(",")} == {"1"}
     elif int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
         method, local = "ompi", environment["OMPI_COMM_WORLD_LOCAL_RANK"]

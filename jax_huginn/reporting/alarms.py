@@ -1,4 +1,4 @@
-"""What a run says about its own numbers: skipped updates, loss spikes, a collapsed router."""
+"""Warnings about a run's own numbers: skipped updates, loss spikes, a collapsed router."""
 
 from __future__ import annotations
 
@@ -6,54 +6,71 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Callable
-from typing import Any
 
 from jax_huginn.config.checks import UserError
 from jax_huginn.config.schema import Config
-from jax_huginn.reporting.record import COLLAPSE_SHARE
+from jax_huginn.reporting.record import COLLAPSE_SHARE, Record
 
 WINDOW, FEWEST = 100, 20
 """Losses that a spike is measured against, and how many there must be."""
 SPIKE_SIGMAS, SPIKE_RATIO = 6.0, 1.1
-"""A spike stands this many robust standard deviations and this ratio above the median. Sampled depths spread the loss
-by a few per cent, which the first bound learns; the second keeps a very steady loss from warning about nothing."""
-
-
-NAMED = 4  # rows of a bad micro-batch whose place is told
+"""A spike is this many robust standard deviations and this ratio above the median. Sampled depths spread the loss by a
+few per cent, which the first bound learns; the second keeps a very steady loss from warning about nothing."""
+NAMED = 4  # rows of a bad micro-batch that are named with their file
 
 
 class BadNumbersError(UserError):
-    """Numbers that training cannot go on from; its text is one line."""
+    """Numbers that training cannot continue from."""
 
 
-class Watch:
-    """Looks at every record once, in order. A warning comes when its episode begins, not at every step of it."""
+class Alarms:
+    """Looks at every record once, in order. A warning is given when an episode begins, not at each of its steps."""
 
-    def __init__(self, config: Config, say: Callable[[str], None], locate: Callable[[int], str] | None = None):
+    def __init__(
+        self,
+        config: Config,
+        say: Callable[[str], None],
+        newest: Callable[[], int | None],
+        locate: Callable[[int], str] | None = None,
+    ):
         """
         Args:
+            newest: gives the newest checkpoint's step.
             locate: number of a row in the training sequence -> its file and place.
         """
-        self.config, self.say, self.locate = config, say, locate
+        self.config, self.say, self.newest, self.locate = config, say, newest, locate
         self.streak = 0
         self.losses: deque[float] = deque(maxlen=WINDOW)
         self.spiking = self.collapsed = False
 
-    def see(self, record: dict[str, Any], newest: Callable[[], int | None]) -> None:
+    def see(self, record: Record) -> None:
         """Warn of what a step's record shows.
-
-        Args:
-            newest: gives the newest checkpoint.
 
         Raises:
             BadNumbersError: `train.max_skipped` updates in a row were skipped.
         """
-        self._see_skipped(record, newest)
+        self._see_skipped(record)
         self._see_loss(record["step"], record["loss"])
         if "router_collapse_warning" in record:
             self._see_router(record)
 
-    def _see_skipped(self, record: dict[str, Any], newest: Callable[[], int | None]) -> None:
+    def require_finite(self, record: Record) -> None:
+        """Refuse to save weights that are not finite: no later step could repair them.
+
+        Raises:
+            BadNumbersError: they are not finite.
+        """
+        if not math.isfinite(record["param_norm"]):
+            raise BadNumbersError(
+                f"step {record['step']}: the weights are not finite, so they are not saved and the run stops; "
+                f"{self._last_good()}"
+            )
+
+    def _last_good(self) -> str:
+        step = self.newest()
+        return "there is no checkpoint yet" if step is None else f"the last good checkpoint is step {step}"
+
+    def _see_skipped(self, record: Record) -> None:
         if "non_finite" not in record:
             self.streak = 0
             return
@@ -62,18 +79,18 @@ class Watch:
         if self.streak >= self.config.train.max_skipped:
             raise BadNumbersError(
                 f"{what}; {self.streak} updates in a row were skipped (train.max_skipped), so the run stops; "
-                f"{_good_one(newest())}"
+                f"{self._last_good()}"
             )
         if self.streak == 1:
             self.say(f"warning: {what}; the update is skipped")
 
-    def _where(self, record: dict[str, Any]) -> str:
+    def _where(self, record: Record) -> str:
         """'micro-batch 1 has a loss or a gradient that is not finite (rows 10 to 11 of the training sequence)'."""
         train, bad = self.config.train, record["non_finite"]
         size = train.batch_size // train.micro_batches
         if not bad:
             return "the sum of the micro-batches' gradients is not finite"
-        first = (record["step"] - 1) * train.batch_size + bad[0] * size
+        first = record["tokens"] // train.sequence_length - train.batch_size + bad[0] * size
         rows = f"rows {first} to {first + size - 1} of the training sequence"
         if self.locate:
             rows += f": {'; '.join(self.locate(first + row) for row in range(min(size, NAMED)))}"
@@ -96,7 +113,7 @@ class Watch:
             self.spiking = high
         self.losses.append(loss)
 
-    def _see_router(self, record: dict[str, Any]) -> None:
+    def _see_router(self, record: Record) -> None:
         collapsed = record["router_collapse_warning"]
         if collapsed and not self.collapsed:
             counts = record["expert_counts"]
@@ -105,20 +122,3 @@ class Watch:
                 f"{record['top_expert_usage_pct']:.0f} % of the assignments, more than {100 * COLLAPSE_SHARE:.0f} %"
             )
         self.collapsed = collapsed
-
-
-def require_finite(record: dict[str, Any], newest: Callable[[], int | None]) -> None:
-    """Before a save: parameters that are not finite never reach a checkpoint.
-
-    Raises:
-        BadNumbersError: they are not; no later step could mend them.
-    """
-    if not math.isfinite(record["param_norm"]):
-        raise BadNumbersError(
-            f"step {record['step']}: the parameters are not finite, so they are not saved and the run stops; "
-            f"{_good_one(newest())}"
-        )
-
-
-def _good_one(step: int | None) -> str:
-    return "there is no checkpoint yet" if step is None else f"the last good checkpoint is step {step}"

@@ -1,63 +1,95 @@
 """What a person sees while training runs."""
 
+import os
+import shlex
 import sys
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 from jax_huginn.config.schema import Config
+from jax_huginn.reporting.record import Record
 
 
 class Console:
-    """A live line on a terminal, a line per logged step elsewhere, and nothing where `silent`."""
+    """A live line on a terminal, a line per logged step elsewhere, and nothing where `silent`.
+
+    Standard output that fails (a full disk, a closed pipe, a lost terminal) makes it silent; the run continues.
+    """
 
     def __init__(self, steps: int, silent: bool = False):
-        self.steps, self.silent = steps, silent
-        self.live = sys.stdout.isatty()
+        self.steps, self.silent = steps, silent or sys.stdout is None
+        self.live = not self.silent and os.isatty(1)
         self.unfinished = False
         self.speed = ""  # the last one that was measured; most records have none
 
-    def progress(self, record: dict[str, Any], seconds_per_step: float, logged: bool) -> None:
-        """Show a step; off a terminal only the logged ones."""
-        if self.silent or not (self.live or logged):
-            return
+    def progress(self, record: Record, seconds_per_step: float | None) -> None:
+        """Show a step; the time left once a step was measured."""
         step = record["step"]
-        left = timedelta(seconds=round(max(self.steps - step, 0) * seconds_per_step))
         line = f"step {step}/{self.steps}  loss {record['loss']:.4f}  depth {record['n']:g}+{record['k']:g}"
         if "tokens_per_second" in record:
             self.speed = f"  {record['tokens_per_second']:,.0f} tokens/s"
-        line += f"{self.speed}  {left} left"
+        line += self.speed
+        if seconds_per_step is not None:
+            line += f"  {timedelta(seconds=round(max(self.steps - step, 0) * seconds_per_step))} left"
         if self.live:
-            print(f"\r\x1b[K{line}", end="", flush=True)
+            self._write(f"\r\x1b[K{line}")
             self.unfinished = True
         else:
-            print(line, flush=True)
+            self._write(line + "\n")
 
     def say(self, text: str = "") -> None:
         """A line that stays."""
-        if self.silent:
-            return
-        print(("\n" if self.unfinished else "") + text, flush=True)
+        self._write(("\n" if self.unfinished else "") + text + "\n")
         self.unfinished = False
 
+    def say_from_signal(self, text: str) -> None:
+        """A line from a signal handler, which must not enter Python's buffered output a second time."""
+        if not self.silent:
+            try:
+                os.write(sys.stdout.fileno(), (("\n" if self.live else "") + text + "\n").encode())
+            except (OSError, ValueError):
+                self._fail()
 
-def describe(losses: dict[str, float]) -> str:
-    """'r=1 3.21 nats (1.54 bits/byte), r=4 ...'."""
+    def _write(self, text: str) -> None:
+        if self.silent:
+            return
+        try:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        except (OSError, ValueError):
+            self._fail()
+
+    def _fail(self) -> None:
+        """Fall silent. What is left in Python's buffer goes nowhere, or its exit would fail on it."""
+        self.silent = True
+        try:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
+        except (OSError, ValueError):
+            pass
+
+
+def describe(losses: Record) -> str:
+    """'r=1 3.2100 nats (1.5400 bits/byte), r=4 ...' of a validation's record."""
     parts = []
-    for name, value in losses.items():
+    for name, nats in losses.items():
         if name.startswith("val_loss_r"):
             depth = name.removeprefix("val_loss_r")
-            per_byte = losses.get(f"val_bpb_r{depth}")
-            parts.append(f"r={depth} {value:.4f} nats" + (f" ({per_byte:.4f} bits/byte)" if per_byte else ""))
+            bits = losses.get(f"val_bpb_r{depth}")
+            parts.append(f"r={depth} {nats:.4f} nats" + (f" ({bits:.4f} bits/byte)" if bits else ""))
     return ", ".join(parts)
 
 
 def next_commands(run_dir: Path, config: Config) -> list[str]:
-    """What a newcomer does with a finished run."""
-    evaluate = (
-        f"python torch_reference/quick_checkpoint_eval.py --checkpoint_name {run_dir}/model.pth "
-        f"--tokenizer_path {run_dir}/tokenizer --tasks stdlib_continuation,stdlib_perplexity "
-        f"--recurrence {config.recurrence.mean}"
-    )
-    export = f"python -m jax_huginn.export {run_dir} --out {run_dir}/model.pth"
-    return [export, evaluate] + [f"tensorboard --logdir {run_dir}"] * config.log.tensorboard
+    """What a newcomer does with a finished run; ready to paste."""
+    commands = [["python", "-m", "jax_huginn.export", f"{run_dir}", "--out", f"{run_dir}/model.pth"]]
+    if (run_dir / "tokenizer").is_dir():
+        commands.append([
+            "python", "torch_reference/quick_checkpoint_eval.py", "--checkpoint_name", f"{run_dir}/model.pth",
+            "--tokenizer_path", f"{run_dir}/tokenizer", "--tasks", "stdlib_continuation,stdlib_perplexity",
+            "--recurrence", f"{config.recurrence.mean}",
+        ])  # fmt: skip
+    if config.log.tensorboard:
+        commands.append(["tensorboard", "--logdir", f"{run_dir}"])
+    return [shlex.join(command) for command in commands]

@@ -15,13 +15,14 @@ from typing import Any, Protocol
 from jax_huginn.config.checks import ConfigError
 from jax_huginn.config.dicts import to_dict
 from jax_huginn.config.schema import Config
+from jax_huginn.files import whole_file
+from jax_huginn.reporting.record import Record, tag
 
-Record = dict[str, Any]
 Say = Callable[[str], None]
 
 
 class Writer(Protocol):
-    """Takes records in the order of their steps. A full disk costs a line, never the run."""
+    """Takes records in the order of their steps. A failure costs a line, never the run."""
 
     def write(self, record: Record) -> None: ...
 
@@ -45,7 +46,7 @@ def make_writers(config: Config, run_dir: Path, restored_step: int, say: Say = p
     except OSError as error:
         raise ConfigError(f"run_dir={run_dir} cannot be written: {error.strerror}") from None
     if config.log.wandb:
-        writers.append(WandB(config, run_dir))
+        writers.append(WandB(config, run_dir, say))
     return writers
 
 
@@ -57,10 +58,10 @@ class JsonLines:
 
     def __init__(self, path: Path, restored_step: int, say: Say = print):
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= restored_step]
-            replacement = path.with_suffix(".tmp")
-            replacement.write_text("".join(line + "\n" for line in kept))
-            replacement.replace(path)
+            # Bytes: a damaged line may be no UTF-8, and is dropped like any other that is no record.
+            kept = [line for line in path.read_bytes().splitlines() if _step_of(line) <= restored_step]
+            with whole_file(path) as unfinished:
+                unfinished.write_bytes(b"".join(line + b"\n" for line in kept))
         self.file, self.say = path.open("ab", buffering=0), say
         self.unwritten, self.failing = b"", False
 
@@ -102,7 +103,7 @@ class TensorBoard:
         from tensorboard.compat.proto import event_pb2, summary_pb2
 
         values = [
-            summary_pb2.Summary.Value(tag=key, simple_value=float(value))
+            summary_pb2.Summary.Value(tag=tag(key), simple_value=float(value))
             for key, value in record.items()
             if key != "step" and isinstance(value, (bool, int, float))
         ]
@@ -128,16 +129,21 @@ class TensorBoard:
 
 
 class WandB:
-    """Weights & Biases; a resumed run continues under the same id."""
+    """Weights & Biases; a resumed run continues under the same id. What fails there costs a line, never the run."""
 
-    def __init__(self, config: Config, run_dir: Path):
+    def __init__(self, config: Config, run_dir: Path, say: Say = print):
         try:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise ConfigError("log.wandb=true needs wandb: pip install 'jax-huginn[wandb]'") from None
         id_file = run_dir / "wandb_id"
         run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
         id_file.write_text(run_id)
+        self.say, self.failed = say, False
+        self.run: Any = None
+        self._try(lambda: self._begin(wandb, config, run_dir, run_id))
+
+    def _begin(self, wandb: Any, config: Config, run_dir: Path, run_id: str) -> None:
         self.run = wandb.init(
             project=config.log.wandb_project,
             id=run_id,
@@ -148,16 +154,31 @@ class WandB:
         )
 
     def write(self, record: Record) -> None:
-        self.run.log({key: value for key, value in record.items() if key != "step"}, step=record["step"])
+        values = {tag(key): value for key, value in record.items() if key != "step"}
+        self._try(lambda: self.run.log(values, step=record["step"]))
 
     def flush(self) -> None:
-        """W&B sends in a process of its own."""
+        """Nothing to do: W&B sends in a process of its own."""
 
     def close(self) -> None:
-        self.run.finish()
+        self._try(lambda: self.run.finish())
+
+    def _try(self, action: Callable[[], Any]) -> None:
+        """Run an action of wandb's, unless one has failed; its errors are of many types, some of its server."""
+        if self.failed:
+            return
+        try:
+            action()
+        except Exception as error:
+            self.failed = True
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            self.say(
+                f"warning: Weights & Biases gets no records of this session ({reason}): run `wandb login`, or set "
+                "WANDB_MODE=offline and sync later"
+            )
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     """The step of a record; a line cut short by a crash counts as later than any step."""
     try:
         return json.loads(line)["step"]

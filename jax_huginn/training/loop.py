@@ -1,32 +1,32 @@
-"""The training loop: restore, step, log, validate, save. With several processes each runs it, and the first writes."""
+"""The training loop: restore, step, report, validate, save. Every process runs it; the first one writes and speaks."""
 
 import dataclasses
+import time
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jax_huginn.checkpoints.init_from import adopt_tokenizer, load_into, open_start
 from jax_huginn.checkpoints.run_folder import RunLock, open_run_folder
 from jax_huginn.checkpoints.save import Checkpoints
+from jax_huginn.checkpoints.sources import Source
 from jax_huginn.checkpoints.step_folders import CheckpointError
 from jax_huginn.config.dicts import flatten, to_dict
 from jax_huginn.config.schema import Config
-from jax_huginn.data.pipeline import build_data
+from jax_huginn.data.pipeline import TrainBatches, build_data
 from jax_huginn.parallel import processes
 from jax_huginn.parallel.mesh import describe as describe_mesh
-from jax_huginn.parallel.mesh import make_mesh
-from jax_huginn.reporting.alarms import Watch, require_finite
-from jax_huginn.reporting.console import Console, describe, next_commands
-from jax_huginn.reporting.record import routing_metrics
-from jax_huginn.reporting.speed import Clock
-from jax_huginn.reporting.trace import Profile
-from jax_huginn.reporting.writers import make_writers
+from jax_huginn.parallel.mesh import make_mesh, replicated
+from jax_huginn.reporting.alarms import BadNumbersError
+from jax_huginn.reporting.console import Console, next_commands
+from jax_huginn.reporting.reporter import Reporter
+from jax_huginn.reporting.trace import Trace
 from jax_huginn.training.depth import sample_depths
 from jax_huginn.training.startup import keep_compiled
-from jax_huginn.training.step import StepMetrics, abstract_state, make_state, make_train_step
+from jax_huginn.training.step import TrainState, abstract_state, make_state, make_train_step
 from jax_huginn.training.stopping import Deadline, Stop, deadline_of
 from jax_huginn.training.validation import make_validation
 
@@ -34,10 +34,10 @@ DEPTHS_COMPARED = 128  # steps whose depths the processes compare at once
 
 
 def train(config: Config) -> None:
-    """Train until `train.steps`, going on from the run folder's newest good checkpoint if it has one.
+    """Train until `train.steps`, resuming from the run folder's newest good checkpoint if it has one.
 
     Raises:
-        ConfigError, DataError, CheckpointError, BadNumbersError: what a person has to mend, in one line.
+        UserError: what a person has to fix, in one line.
     """
     deadline = deadline_of(config.checkpoint)
     with processes.session(config.parallel), RunLock(Path(config.run_dir)) as lock:
@@ -45,140 +45,152 @@ def train(config: Config) -> None:
 
 
 def _train(config: Config, deadline: Deadline | None, lock: RunLock) -> None:
-    console = Console(config.train.steps, silent=not processes.is_first())
+    first = processes.is_first()
+    console = Console(config.train.steps, silent=not first)
     processes.require_same("the config", processes.shared_fields(flatten(to_dict(config))))
     mesh = make_mesh(config)
 
-    # ---------------------------------------------------------------- run folder, data, checkpoints
-    # Before the folder is made: a start that cannot be leaves none behind.
-    initial = processes.first_then_others(lambda: open_start(config))
+    # ---------------------------------------------------------------- run folder, data
+    # Weights are opened before the run folder is made: a start that fails leaves no folder behind.
+    start = processes.first_then_others(lambda: open_start(config))
     processes.on_first(lock.acquire)
-    processes.on_first(lambda: open_run_folder(config))
+    processes.on_first(lambda: open_run_folder(config, console.say))
     run_dir = Path(config.run_dir)
     checkpoints = Checkpoints(run_dir, config.checkpoint, console.say)
-    start = checkpoints.latest_step() or 0
-    processes.require_same(f"the run folder {run_dir}", {"the newest checkpoint": start})
-    if start >= config.train.steps:
-        console.say(
-            f"{run_dir} is finished: it is at step {start} of {config.train.steps}; raise --train.steps to go on"
-        )
+    newest = checkpoints.latest_step() or 0
+    processes.require_same(f"the run folder {run_dir}", {"the newest checkpoint": newest})
+    if newest >= config.train.steps:
+        console.say(f"{run_dir} is finished: step {newest} of {config.train.steps}; raise --train.steps to continue")
         return
-    if initial and processes.is_first() and (warning := adopt_tokenizer(initial, config, run_dir)):
+    if start and first and (warning := adopt_tokenizer(start, config, run_dir)):
         console.say(warning)
-    # The first makes the tokenizer and says what it skips.
-    report = console.say if processes.is_first() else lambda _: None
+    console.say(f"reading data ({config.data.source})")
     place = {"process": jax.process_index(), "processes": jax.process_count()}
+    report = console.say if first else lambda _: None
     data = processes.first_then_others(lambda: build_data(config, run_dir / "tokenizer", report=report, **place))
 
     # ---------------------------------------------------------------- state
     keep_compiled(run_dir)
-    if start:
-        state = checkpoints.restore(abstract_state(config, mesh), data.train)
-        start = int(state.step)
-        console.say(f"resuming {run_dir} from step {start}")
-    else:
-        state = make_state(config, mesh)
-        if initial:
-            state = dataclasses.replace(state, params=load_into(initial, state.params))
-            console.say(f"weights of {config.checkpoint.init_from}, fresh optimiser")
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    state = _initial_state(config, mesh, checkpoints, data.train, start, console)
+    begin = int(state.step)
     device = jax.devices()[0]
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     console.say(f"{parameters / 1e6:.2f} M parameters on {device.device_kind}, run folder {run_dir}")
     console.say(describe_mesh(mesh))
     train_step = jax.jit(make_train_step(config, mesh), donate_argnums=0)
     validate = make_validation(config, data.validation, data.token_bytes, mesh) if data.validation else None
-    writers = make_writers(config, run_dir, start, console.say) if processes.is_first() else []
-    profile = Profile(config.profile, run_dir)
-    watch = Watch(config, console.say, data.train.locate)
-    clock = Clock(config, device.device_kind, mesh.size)
     batches, vote = processes.GlobalBatches(mesh), processes.StopVote(mesh)
-
-    def fetch(
-        step: int, metrics: StepMetrics, depths: tuple[np.ndarray, np.ndarray], skipped: dict[str, int]
-    ) -> dict[str, Any]:
-        """A step's record; waits for the step."""
-        host: StepMetrics = jax.device_get(metrics)
-        n, k = (float(depth.mean()) for depth in depths)
-        record: dict[str, Any] = {"step": step, "loss": float(host.loss), "objective": float(host.objective)}
-        record |= {"n": n, "k": k, "grad_norm": float(host.grad_norm), "learning_rate": float(host.learning_rate)}
-        record |= {"param_norm": float(host.param_norm), "skipped_updates": int(host.skipped), **skipped}
-        if not (host.finite_U.all() and np.isfinite(host.grad_norm)):
-            record["non_finite"] = np.flatnonzero(~host.finite_U).tolist()  # the micro-batches
-        clock.tick(n, k)
-        if is_logged(step):
-            record |= clock.read()
-            record |= {name: float(value) for name, value in host.recurrence.items()}
-            record |= {} if host.moe is None else routing_metrics(host.moe)
-        return record
-
-    def is_logged(step: int) -> bool:
-        return step % config.log.every == 0 or step == config.train.steps
-
-    def send(record: dict[str, Any]) -> None:
-        for writer in writers:
-            writer.write(record)
-        console.progress(record, clock.seconds_per_step, is_logged(record["step"]))
-        watch.see(record, checkpoints.latest_step)
+    trace = Trace(config.profile, run_dir)
+    reporter = Reporter(
+        config, console, run_dir, begin,
+        first=first, devices=mesh.size, newest=checkpoints.latest_step, locate=data.train.locate,
+    )  # fmt: skip
 
     # ---------------------------------------------------------------- steps
     pending, stopped_by = None, None
-    with Stop(deadline, vote.agree) as stop, ExitStack() as closed:
-        for each in (*writers, checkpoints, data.train, profile):
-            closed.enter_context(closing(each))
-        for step in range(start, config.train.steps):
-            if (step - start) % DEPTHS_COMPARED == 0:
-                _compare_depths(config, step)
-            batch = batches.place(next(data.train))
-            depths = _depths(config, step)
-            profile.before(step + 1, state)
-            state, metrics = train_step(state, batch["tokens"], batch["labels"], *depths)
-            if profile.after(step + 1, metrics):
-                console.say(
-                    f"steps {config.profile.steps} are traced in {profile.folder}: tensorboard --logdir {run_dir}"
-                )
-            # The metrics of the step before: fetching this step's would leave the device idle until the next dispatch.
-            if pending:
-                send(fetch(*pending))
-            pending = (step + 1, metrics, depths, data.train.skipped)
+    whole = True  # whether `state` and the data's position belong to the same step
 
-            done = step + 1
-            stopped_by = stop.requested()  # asked once: a signal may come between two looks
-            stopping = stopped_by is not None
-            last = done == config.train.steps
-            saving = last or stopping or _is_due(done, config.checkpoint.every)
-            validating = not stopping and (last or _is_due(done, config.validation.every))
-            if saving or validating:
-                record, pending = fetch(*pending), None
-                clock.pause()
-                losses = validate(state.params) if validate and validating else {}
-                send(record | losses)
-                if losses:
-                    console.say(f"step {done}  held out: {describe(losses)}")
-                if saving:  # last, so that a checkpoint never lacks the records before it
-                    require_finite(record, checkpoints.latest_step)
-                    for writer in writers:
-                        writer.flush()
-                    checkpoints.save(state, data.train, config)
-                clock.resume()
-            if stopping:
-                break
+    def save(record: dict | None) -> None:
+        if record:
+            reporter.before_save(record)
+        checkpoints.save(state, data.train, config)
+
+    with Stop(deadline, vote.agree, console.say_from_signal) as stop, ExitStack() as closed:
+        for each in (reporter, checkpoints, data.train, trace):
+            closed.enter_context(closing(each))
+        try:
+            for step in range(begin, config.train.steps):
+                done = step + 1
+                if (step - begin) % DEPTHS_COMPARED == 0:
+                    _compare_depths(config, step)
+                rows = next(data.train)
+                whole = False
+                batch = batches.place(rows)
+                depths = _depths(config, step)
+                placed = [replicated(each, mesh) for each in depths]
+                trace.before(done, state)
+                if step == begin:
+                    console.say("compiling the training step")
+                began = time.perf_counter()
+                with jax.transfer_guard("disallow"):  # nothing but the batch and the depths travels to the devices
+                    state, metrics = train_step(state, batch["tokens"], batch["labels"], *placed)
+                whole = True
+                if step == begin:
+                    console.say(f"compiled in {time.perf_counter() - began:.1f} s")
+                if trace.after(done, metrics):
+                    console.say(
+                        f"steps {config.profile.steps} are traced in {trace.folder}: tensorboard --logdir {run_dir}"
+                    )
+                # Report the step before: fetching this one's metrics would leave the device idle until the next.
+                if pending:
+                    reporter.send(reporter.measure(*pending))
+                tokens = data.train.position["rows"] * config.train.sequence_length
+                pending = (done, metrics, depths, {"tokens": tokens, **data.train.skipped})
+
+                stopped_by = stop.requested()  # asked once: a signal may come between two looks
+                stopping = stopped_by is not None
+                last = done == config.train.steps
+                saving = last or stopping or _is_due(done, config.checkpoint.every)
+                validating = not stopping and (last or _is_due(done, config.validation.every))
+                if saving or validating:
+                    record, pending = reporter.measure(*pending), None
+                    with reporter.paused():
+                        losses = validate(state.params) if validate and validating else {}
+                        reporter.send(record | losses)
+                        if saving:  # last, so that a checkpoint never lacks the records before it
+                            save(record)
+                if stopping:
+                    break
+        except BadNumbersError:
+            raise
+        except Exception:
+            # What failed is not the state: data that vanished, a full disk under a writer. Save before leaving; among
+            # several processes the others are in the next step already.
+            if whole and jax.process_count() == 1 and int(state.step) > begin:
+                if pending:
+                    record = reporter.measure(*pending)
+                    reporter.send(record)
+                    save(record)
+                else:
+                    save(None)
+            raise
 
     # ---------------------------------------------------------------- end
     done, saved = int(state.step), checkpoints.latest_step()
     if saved != done:
-        again = "from its beginning" if saved is None else f"from step {saved}"
-        raise CheckpointError(f"step {done} is not saved: mend what hinders it, and the same command goes on {again}")
+        again = "from the beginning" if saved is None else f"from step {saved}"
+        raise CheckpointError(f"step {done} was not saved; fix the cause and rerun the same command to resume {again}")
     if done < config.train.steps:
-        console.say(f"stopped by {stopped_by}: saved step {done}; the same command goes on from there")
+        console.say(f"stopped by {stopped_by}: saved step {done}; rerun the same command to resume")
         return
     console.say(f"finished {config.train.steps} steps in {run_dir}")
     console.say("\n".join(["next:", *(f"  {command}" for command in next_commands(run_dir, config))]))
 
 
-def _compare_depths(config: Config, step: int) -> None:
-    """Before they run, the depths of the next steps on all processes: other ones would make a collective wait for ever.
+def _initial_state(
+    config: Config, mesh: Mesh, checkpoints: Checkpoints, batches: TrainBatches, start: Source | None, console: Console
+) -> TrainState:
+    """The state to train from, the first of these that there is:
 
-    They differ where the processes' NumPy draws differently from the same seed.
+    1. the run's own newest good checkpoint, with its optimiser and its position in the data;
+    2. the weights of `checkpoint.init_from`, with a fresh optimiser, at step 0;
+    3. fresh weights from `train.seed`, at step 0.
+    """
+    if checkpoints.latest_step():
+        state = checkpoints.restore(abstract_state(config, mesh), batches)
+        console.say(f"resuming {config.run_dir} from step {int(state.step)}")
+        return state
+    state = make_state(config, mesh)
+    if start:
+        state = dataclasses.replace(state, params=load_into(start, state.params))
+        console.say(f"weights of {config.checkpoint.init_from}, fresh optimiser")
+    return state
+
+
+def _compare_depths(config: Config, step: int) -> None:
+    """Check ahead of time that all processes drew the same depths; a mismatch would deadlock a collective.
+
+    They differ if the processes' versions of NumPy draw differently from the same seed.
     """
     if jax.process_count() > 1:
         depths = {

@@ -1,4 +1,4 @@
-"""When a run stops before its last step: Ctrl-C, SIGTERM, or the job's end is near."""
+"""When a run stops before its last step: a signal, or the end of the job is near."""
 
 from __future__ import annotations
 
@@ -13,29 +13,44 @@ from jax_huginn.config.schema import CheckpointConfig
 
 SLURM_END = "SLURM_JOB_END_TIME"
 """Environment variable of SLURM: when the job will be killed, in seconds since 1970."""
+ENDING, WARNING = (signal.SIGINT, signal.SIGTERM), (signal.SIGHUP, signal.SIGUSR1)
 Agree = Callable[[str | None], str | None]
 
 
 class Stop:
-    """A context in which the first SIGINT or SIGTERM asks for a stop, and a second one ends the process at once.
+    """A context in which the first signal asks for a stop, and a second SIGINT or SIGTERM ends the process at once.
 
-    The second one finds the system's own action, not a handler of ours: Python would run that only after the compiled
-    step, which may take minutes.
+    SIGHUP (a lost terminal) and SIGUSR1 (a cluster's warning) ask for a stop too, as often as they come; SIGHUP not
+    under `nohup`, which ignores it. The second SIGINT or SIGTERM meets the system's own action rather than a handler
+    of ours, which Python would run only after the compiled step, perhaps minutes later.
     """
 
-    def __init__(self, deadline: Deadline | None = None, agree: Agree = lambda reason: reason):
-        """`agree`: what all processes make of their reasons to stop, see `processes.StopVote`."""
-        self.deadline, self.agree = deadline, agree
+    def __init__(
+        self,
+        deadline: Deadline | None = None,
+        agree: Agree = lambda reason: reason,
+        say: Callable[[str], None] = lambda _: None,
+    ):
+        """
+        Args:
+            agree: what all processes make of their reasons to stop, see `processes.StopVote`.
+            say: shows a line; called from the signal handler.
+        """
+        self.deadline, self.agree, self.say = deadline, agree, say
         self.received: str | None = None
 
     def __enter__(self) -> Stop:
-        self.previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        signals = [*ENDING, *WARNING]
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+            signals.remove(signal.SIGHUP)
+        self.previous = {number: signal.signal(number, self._handle) for number in signals}
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
         for each in self.previous:
-            signal.signal(each, signal.SIG_DFL)
+            signal.signal(each, signal.SIG_DFL if each in ENDING else signal.SIG_IGN)
+        self.say(f"{self.received}: the run stops after this step and saves; Ctrl-C ends it at once, without a save")
 
     def requested(self) -> str | None:
         """Why to stop after this step, if at all. The one place where processes agree on it: each asks once a step."""
@@ -65,7 +80,7 @@ def deadline_of(config: CheckpointConfig, environment: Mapping[str, str] = os.en
     """The deadline that the options ask for; None without `checkpoint.save_before_timeout`.
 
     Raises:
-        ConfigError: nothing tells the job's end, or it is over before training has begun.
+        ConfigError: the job's end is unknown, or too near to train at all.
     """
     if not config.save_before_timeout:
         return None
@@ -78,8 +93,8 @@ def deadline_of(config: CheckpointConfig, environment: Mapping[str, str] = os.en
         ends.append(time.time() + (seconds_of(config.time_limit) or 0))
     if not ends:
         raise ConfigError(
-            f"checkpoint.save_before_timeout={config.save_before_timeout} needs the job's end: SLURM did not tell it "
-            f"({SLURM_END} is not set), so give --checkpoint.time_limit, for example 24h"
+            f"checkpoint.save_before_timeout={config.save_before_timeout} needs the job's end: SLURM did not set it "
+            f"({SLURM_END}), so give --checkpoint.time_limit, for example 24h"
         )
     deadline = Deadline(min(ends), config.save_before_timeout)
     if deadline.reached():

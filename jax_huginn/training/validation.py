@@ -17,11 +17,12 @@ from jax_huginn.model.parameters import cast_params
 from jax_huginn.model.sharding import specs
 from jax_huginn.ops.cross_entropy import IGNORE
 from jax_huginn.parallel.mesh import BATCH, REPLICATED, from_every_host, per_device, replicated
+from jax_huginn.reporting.record import Record, validation_record
 
 
 def make_validation(
     config: Config, batches: list[dict[str, np.ndarray]], token_bytes_V: np.ndarray | None, mesh: Mesh
-) -> Callable[[Any], dict[str, float]]:
+) -> Callable[[Any], Record]:
     """`validate(params) -> record` with `val_loss_r{r}`, nats per token at each of `validation.depths`, and
     `val_bpb_r{r}`, bits per byte, where the tokens' byte lengths are known. One compilation serves all depths.
 
@@ -44,8 +45,8 @@ def make_validation(
         loss = per_device(local_loss, mesh, in_specs, REPLICATED)
         return loss(params, tokens_BS, labels_BS, recurrences, state_SD)
 
-    def validate(params: Any) -> dict[str, float]:
-        record = {}
+    def validate(params: Any) -> Record:
+        losses: dict[int, tuple[float, float | None]] = {}
         for depth in config.validation.depths:
             nats = tokens = count_bytes = 0.0
             for batch in batches:
@@ -55,9 +56,7 @@ def make_validation(
                 nats += float(loss) * counted.size
                 tokens += counted.size
                 count_bytes += 0 if token_bytes_V is None else int(token_bytes_V[counted].sum())
-            record[f"val_loss_r{depth}"] = nats / tokens
-            if count_bytes:
-                record[f"val_bpb_r{depth}"] = nats / math.log(2) / count_bytes
-        return record
+            losses[depth] = nats / tokens, nats / math.log(2) / count_bytes if count_bytes else None
+        return validation_record(losses)
 
     return validate
