@@ -67,7 +67,7 @@ class Reporter:
         record = in_order(record)
         for writer in self._writers:
             writer.write(record)
-        if self.console.live or self._is_logged(record["step"]):
+        if self.console.live or self._is_logged(record["step"]) or record["step"] == self.begin:
             self.console.progress(record, self._speed.seconds_per_step)
         if losses := describe(record):
             self.console.say(f"step {record['step']}  held out: {losses}")
@@ -94,4 +94,4 @@ class Reporter:
             writer.close()
 
     def _is_logged(self, step: int) -> bool:
-        return step % self.config.log.every == 0 or step in (self.begin, self.config.train.steps)
+        return step % self.config.log.every == 0 or step == self.config.train.steps
