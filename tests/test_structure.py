@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "jax_huginn/parallel": {"config", "ops", "parallel"},
     "jax_huginn/model": {"config", "ops", "parallel", "model"},
     "jax_huginn/cost": {"config", "ops", "parallel", "model", "training", "cost"},
-    "jax_huginn/reporting": {"config", "model", "reporting"},
+    "jax_huginn/reporting": {"config", "files", "model", "reporting"},
     "jax_huginn/data": {"config", "data"},
     "jax_huginn/data/sources": {"config", "data"},
     "jax_huginn/interop": {"config", "files", "ops", "model", "interop"},
