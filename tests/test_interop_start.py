@@ -139,7 +139,7 @@ def test_training_starts_from_weights_and_then_goes_on_from_its_own(make_config,
     gone = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, init_from="gone"))
     assert open_start(gone) is None
     train(gone)
-    assert "is at step 1 of 1" in capsys.readouterr().out
+    assert "step 1 of 1" in capsys.readouterr().out
 
 
 def test_an_imported_run_is_not_trained_but_started_from(sources, make_config):
