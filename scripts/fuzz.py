@@ -4,8 +4,9 @@
     python scripts/fuzz.py --target pth --seed 7
 
 Targets: `pth` and `pickle` (damage under the archive's checksums), `safetensors`, `huggingface` (config.json and the
-index of shards), `config` (a run's config.json), `checkpoint` (every file of a step folder; also a meta file that is
-damaged before the checksums are made). Damage: bits, bytes and ranges changed, cut, doubled; in JSON also values
+index of shards), and the same four as `torch_reference` reads them, `twin pth` and so on; `config` (a run's
+config.json); `checkpoint` (every file of a step folder; also a meta file that is damaged before the checksums are
+made). Damage: bits, bytes and ranges changed, cut, doubled; in JSON also values
 replaced by others that parse, fields lost or renamed, numbers scaled. A case that raises anything else, writes more
 than a line or takes 20 s is a failure and is printed; `--target T --seed S --first NUMBER --cases 1` repeats it. The
 peak of memory is reported at the end.
@@ -29,6 +30,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stderr
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +42,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+import torch_reference
 from jax_huginn.checkpoints.import_run import import_weights
 from jax_huginn.checkpoints.load import config_of, find_step
 from jax_huginn.checkpoints.run_folder import open_run_folder
@@ -53,7 +56,7 @@ from jax_huginn.interop.open_weights import open_weights
 from jax_huginn.interop.pth import write_pth
 from jax_huginn.model.huginn import abstract_model
 
-OWN_ERRORS = (WeightsError, ConfigError, CheckpointError)
+OWN_ERRORS = (WeightsError, ConfigError, CheckpointError, torch_reference.CheckpointError)
 SECONDS = 20
 CONFIG = Config(
     model=ModelConfig(vocab_size=16, width=8, heads=2, kv_heads=2, mlp_width=8, prelude_layers=1, core_layers=1,
@@ -139,12 +142,12 @@ def read_weights(path: Path) -> None:
         tensor.read()
 
 
-def try_pth(folder: Path, chance: random.Random) -> None:
+def try_pth(folder: Path, chance: random.Random, read: Callable[[Path], None]) -> None:
     damage(folder / "model.pth", chance)
-    read_weights(folder / "model.pth")
+    read(folder / "model.pth")
 
 
-def try_pickle(folder: Path, chance: random.Random) -> None:
+def try_pickle(folder: Path, chance: random.Random, read: Callable[[Path], None]) -> None:
     with zipfile.ZipFile(folder / "model.pth") as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
     (pickled,) = (name for name in entries if name.endswith("data.pkl"))
@@ -155,10 +158,10 @@ def try_pickle(folder: Path, chance: random.Random) -> None:
     with zipfile.ZipFile(folder / "model.pth", "w") as archive:
         for name, content in entries.items():
             archive.writestr(name, content)
-    read_weights(folder / "model.pth")
+    read(folder / "model.pth")
 
 
-def try_safetensors(folder: Path, chance: random.Random) -> None:
+def try_safetensors(folder: Path, chance: random.Random, read: Callable[[Path], None]) -> None:
     file = chance.choice(sorted((folder / "hf").glob("*.safetensors")))
     if chance.random() < 0.5:
         damage(file, chance)
@@ -167,12 +170,16 @@ def try_safetensors(folder: Path, chance: random.Random) -> None:
         length = int.from_bytes(content[:8], "little")
         header = damaged_json(content[8 : 8 + length], chance)
         file.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
-    read_weights(folder / "hf")
+    read(folder / "hf")
 
 
-def try_huggingface(folder: Path, chance: random.Random) -> None:
+def try_huggingface(folder: Path, chance: random.Random, read: Callable[[Path], None]) -> None:
     damage(folder / "hf" / chance.choice(("config.json", "model.safetensors.index.json")), chance, damaged_json)
-    read_weights(folder / "hf")
+    read(folder / "hf")
+
+
+def read_by_twin(path: Path) -> None:
+    torch_reference.load_checkpoint(path)
 
 
 def try_config(folder: Path, chance: random.Random) -> None:
@@ -196,10 +203,14 @@ def try_checkpoint(folder: Path, chance: random.Random) -> None:
 
 
 TARGETS = {
-    "pth": try_pth,
-    "pickle": try_pickle,
-    "safetensors": try_safetensors,
-    "huggingface": try_huggingface,
+    "pth": partial(try_pth, read=read_weights),
+    "pickle": partial(try_pickle, read=read_weights),
+    "safetensors": partial(try_safetensors, read=read_weights),
+    "huggingface": partial(try_huggingface, read=read_weights),
+    "twin pth": partial(try_pth, read=read_by_twin),
+    "twin pickle": partial(try_pickle, read=read_by_twin),
+    "twin safetensors": partial(try_safetensors, read=read_by_twin),
+    "twin huggingface": partial(try_huggingface, read=read_by_twin),
     "config": try_config,
     "checkpoint": try_checkpoint,
 }
@@ -221,9 +232,9 @@ def run_case(target: str, good: Path, work: Path, seed: int, number: int) -> str
     """The outcome of one case: `read`, the name of an error of ours, or a line that begins with FAILED."""
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
-    parts = {"pth": ["model.pth"], "pickle": ["model.pth"], "safetensors": ["hf"], "huggingface": ["hf"]}
-    for part in parts.get(target, ["run"]):
-        (shutil.copytree if (good / part).is_dir() else shutil.copy)(good / part, work / part)
+    parts = {"pth": "model.pth", "pickle": "model.pth", "safetensors": "hf", "huggingface": "hf"}
+    part = parts.get(target.split()[-1], "run")
+    (shutil.copytree if (good / part).is_dir() else shutil.copy)(good / part, work / part)
     if target == "config":
         shutil.rmtree(work / "run/checkpoints")
     signal.setitimer(signal.ITIMER_REAL, SECONDS, 1)  # again and again: a garbage collector may swallow one

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jax_huginn.config.schema import Config, DataConfig, ModelConfig, TrainConfig, ValidationConfig
-from jax_huginn.data.pipeline import IGNORED, Data, TrainBatches, build_data
+from jax_huginn.data.pipeline import IGNORE, Data, TrainBatches, build_data
 from jax_huginn.data.resume import whole_position
 from jax_huginn.data.sources.files import DataError, stdlib_files, text_files
 from jax_huginn.data.sources.split import split_files
@@ -140,7 +140,7 @@ def test_a_small_held_out_share_is_one_padded_batch(tmp_path: Path, tokenizer_di
     (batch,) = data.validation
     assert data.tokenizer is not None
     ids = [0, *data.tokenizer.encode("short", add_special_tokens=False), 1]
-    counted = batch["labels"] != IGNORED
+    counted = batch["labels"] != IGNORE
     assert batch["labels"][counted].tolist() == ids[1:]
     assert batch["tokens"][counted].tolist() == ids[:-1]
     assert batch["tokens"].shape == (B, S)

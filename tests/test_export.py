@@ -42,6 +42,7 @@ PUBLIC_ARGUMENTS = [
     "mlp_class_name", "nonlin_name", "init_strategy", "init_orthogonal", "state_init", "injection_type",
     "n_layers_in_recurrent_block", "mean_recurrence", "sampling_scheme", "mean_backprop_depth", "n_layers_in_prelude",
     "n_layers_in_coda", "qk_bias", "activation_checkpoint_impl", "rope_base", "torch_dtype", "dtype", "architectures",
+    "auto_map",
 ]  # fmt: skip
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .archive import Inert, plain, read_archive
-from .config import MoEHuginnConfig
+from .config import MoEHuginnConfig, model_config_of
 from .model import MoEHuginnModel, rope_tables
 
 PREFIX = "_orig_mod._original_module."
@@ -26,7 +26,6 @@ LM_HEAD, EMBEDDING, FREQUENCIES = ("lm_head.weight", "transformer.wte.weight", "
 
 _WRAPPERS = re.compile(r"^((_orig_mod|_forward_module|_original_module|module|model)\.)+")
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_TYPES = ("huginn_raven", "moe_huginn")
 
 
 class CheckpointError(ValueError):
@@ -93,7 +92,7 @@ def _unwrapped(path: Path, tensors: dict[Any, Any]) -> dict[str, Tensor]:
         if "_forward_module." in key and name in originals:
             continue
         if not isinstance(value, Tensor) or value.dtype not in _FLOATS:
-            raise CheckpointError(f"{path}: {name} is not a tensor of floating-point numbers")
+            raise CheckpointError(f"{path}: {name} is not a tensor of floating-point numbers of 16 bits or more")
         if name in weights and not torch.equal(weights[name], value):
             raise CheckpointError(f"{path}: {name} is there twice, as {key} too, with other numbers")
         weights[name] = value
@@ -173,13 +172,10 @@ def _read_folder(folder: Path) -> dict[str, Any]:
             weights = {name: shards[file][name] for name, file in where.items()}
     except Exception as error:  # whatever a broken file makes its reader raise
         raise CheckpointError(f"{folder}: cannot be loaded as a checkpoint ({type(error).__name__})") from None
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind not in _TYPES:
-        raise CheckpointError(f"{folder}: model_type={kind!r} is neither {_TYPES[0]!r} nor {_TYPES[1]!r}")
-    if kind == "huginn_raven":
-        renamed = {"n_heads": "num_attention_heads", "vocab_size": "padded_vocab_size"}
-        config = {renamed.get(name, name): value for name, value in config.items()}
-    return {"model": weights, "model_config": config}
+    try:
+        return {"model": weights, "model_config": model_config_of(config)}
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
 
 
 def _check_repeated(

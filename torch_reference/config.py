@@ -163,6 +163,19 @@ class MoEHuginnConfig:
         }
 
 
+def model_config_of(described: Any) -> dict[str, Any]:
+    """A Hugging Face folder's config.json in the words of `model_config`.
+
+    Raises ValueError for another kind of model.
+    """
+    values: dict[str, Any] = described if isinstance(described, dict) else {}
+    kind = values.get("model_type")
+    if kind not in ("huginn_raven", "moe_huginn"):
+        raise ValueError(f"model_type={kind!r} is neither 'huginn_raven' nor 'moe_huginn'")
+    renamed = {"n_heads": "num_attention_heads", "vocab_size": "padded_vocab_size"} if kind == "huginn_raven" else {}
+    return {renamed.get(name, name): value for name, value in values.items()}
+
+
 def MoEHuginnConfig700M() -> MoEHuginnConfig:  # noqa: N802  a public name
     """About 0.71 B parameters: 8 routed experts and a shared one, top 2."""
     return MoEHuginnConfig(

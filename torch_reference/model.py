@@ -11,11 +11,13 @@ The name of an array ends in its shape, one letter per axis:
     V  vocabulary                 F  MLP hidden width           K  head width
     H  query heads                G  key and value heads        T  tokens, B times S
     E  routed experts             A  experts per token          M  expert hidden width
+    L  keys, cached and new
 
 "At least float32" is `promote_types(dtype, float32)`, so that the whole model also runs in float64.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import cast
@@ -27,7 +29,7 @@ from torch import Tensor, nn
 from .config import MoEHuginnConfig
 from .initial_state import initial_state as draw_initial_state
 
-IGNORED_LABEL = -100
+IGNORE = -100
 
 
 @dataclass
@@ -53,6 +55,15 @@ class MoEHuginnOutput:
     state_norm: Tensor  # mean over positions of ||s_R||, before the final norm
     loss: Tensor | None = None  # log_ppl plus the weighted auxiliary losses
     log_ppl: Tensor | None = None  # mean cross-entropy over the labels that are not ignored, in nats
+
+
+@dataclass
+class Context:
+    """Where the tokens are and what they see, for a caller that pads or caches. Default: 0 .. S-1, causal."""
+
+    position_BS: Tensor
+    visible_BSL: Tensor  # which of the L keys each token attends to
+    extend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # an attention's new (keys, values), (B,H,S,K) -> all L
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -81,10 +92,13 @@ def rope_tables(S: int, K: int, base: float, device: torch.device) -> tuple[Tens
     return angle.cos().to(device), angle.sin().to(device)
 
 
-def apply_rope(x_BSHK: Tensor, base: float) -> Tensor:
-    """Rotates the interleaved pairs (2i, 2i + 1) of every head by its position's angles."""
+def apply_rope(x_BSHK: Tensor, base: float, position_BS: Tensor | None = None) -> Tensor:
+    """Rotates the interleaved pairs (2i, 2i + 1) of every head by its position's angles; 0 .. S-1 if not given."""
     x32_BSHK = at_least_float32(x_BSHK)
-    cos, sin = rope_tables(x_BSHK.shape[1], x_BSHK.shape[3], base, x_BSHK.device)
+    length = x_BSHK.shape[1] if position_BS is None else int(position_BS.max()) + 1
+    cos, sin = rope_tables(length, x_BSHK.shape[3], base, x_BSHK.device)
+    if position_BS is not None:
+        cos, sin = cos[position_BS], sin[position_BS]
     cos, sin = cos.to(x32_BSHK.dtype), sin.to(x32_BSHK.dtype)
     even, odd = x32_BSHK[..., 0::2], x32_BSHK[..., 1::2]
     turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
@@ -103,15 +117,20 @@ class Attention(nn.Module):
         self.qk_bias = nn.Parameter(torch.zeros(2, 1, H, K))
         self.proj = nn.Linear(H * K, D, bias=False)
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
+    def forward(self, x_BSD: Tensor, context: Context | None = None) -> Tensor:
         H, G, K = self.heads
+        at = () if context is None else (context.position_BS,)
         q_BSHK, k_BSGK, v_BSGK = self.Wqkv(x_BSD).unflatten(-1, (H + 2 * G, K)).split((H, G, G), dim=2)
         k_BSHK = k_BSGK.repeat_interleave(H // G, dim=2)
         v_BSHK = v_BSGK.repeat_interleave(H // G, dim=2)
-        q_BSHK = apply_rope(q_BSHK + self.qk_bias[0], self.rope_base)
-        k_BSHK = apply_rope(k_BSHK + self.qk_bias[1], self.rope_base)
+        q_BSHK = apply_rope(q_BSHK + self.qk_bias[0], self.rope_base, *at)
+        k_BSHK = apply_rope(k_BSHK + self.qk_bias[1], self.rope_base, *at)
         q_BHSK, k_BHSK, v_BHSK = (x.transpose(1, 2) for x in (q_BSHK, k_BSHK, v_BSHK))
-        y_BHSK = F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, is_causal=True)  # scale 1/sqrt(K)
+        mask = None
+        if context is not None:
+            k_BHSK, v_BHSK = context.extend(k_BHSK, v_BHSK)
+            mask = context.visible_BSL[:, None]
+        y_BHSK = F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, mask, is_causal=mask is None)  # scale 1/sqrt(K)
         return self.proj(y_BHSK.transpose(1, 2).flatten(2))
 
 
@@ -209,8 +228,8 @@ class SandwichBlock(nn.Module):
         self.norm_4 = RMSNorm(config.n_embd, config.norm_eps)
         self.has_moe = moe
 
-    def forward(self, x_BSD: Tensor) -> tuple[Tensor, RoutingStatistics | None]:
-        x_BSD = self.norm_2(self.attn(self.norm_1(x_BSD)) + x_BSD)
+    def forward(self, x_BSD: Tensor, context: Context | None = None) -> tuple[Tensor, RoutingStatistics | None]:
+        x_BSD = self.norm_2(self.attn(self.norm_1(x_BSD), context) + x_BSD)
         z_BSD, routing = self.moe(self.norm_3(x_BSD)) if self.has_moe else (self.mlp(self.norm_3(x_BSD)), None)
         return self.norm_4(z_BSD + x_BSD), routing
 
@@ -275,13 +294,13 @@ class MoEHuginnModel(nn.Module):
 
         tokens (B, S) integers; num_steps (n, k), by default the mean recurrence with the mean backpropagation depth;
         initial_state (B, S, D) or None for the recipe of initial_state.py with seed 0, in training too;
-        labels (B, S), the *next* tokens, IGNORED_LABEL where there is none.
+        labels (B, S), the *next* tokens, IGNORE where there is none.
         """
         output_BSD, out = self.hidden(tokens, num_steps, initial_state)
         out.logits = self.unembed(output_BSD)
         if labels is not None:
             labels_T = labels.flatten().long()
-            out.log_ppl = F.cross_entropy(out.logits.flatten(0, 1), labels_T, ignore_index=IGNORED_LABEL)
+            out.log_ppl = F.cross_entropy(out.logits.flatten(0, 1), labels_T, ignore_index=IGNORE)
             out.loss = out.log_ppl
             if out.moe is not None:
                 out.loss = (
@@ -294,11 +313,16 @@ class MoEHuginnModel(nn.Module):
         return at_least_float32(F.linear(output_BSD, cast(Tensor, self.transformer["wte"].weight)))
 
     def hidden(
-        self, tokens: Tensor, num_steps: tuple[int, int] | None = None, initial_state: Tensor | None = None
+        self,
+        tokens: Tensor,
+        num_steps: tuple[int, int] | None = None,
+        initial_state: Tensor | None = None,
+        context: Context | None = None,
     ) -> tuple[Tensor, MoEHuginnOutput]:
         """All but the head: (what `unembed` turns into logits (B, S, D), the output without its logits), see `forward`.
 
-        A caller that needs few logits applies `unembed` to few positions.
+        A caller that needs few logits applies `unembed` to few positions. With a context, the attentions of every
+        recurrence call its `extend`, in the same order in every pass of equal depth.
         """
         n, k = self._depth(num_steps)
         parts = self.transformer
@@ -307,23 +331,23 @@ class MoEHuginnModel(nn.Module):
             raise ValueError(f"a sequence of {tokens.shape[1]} tokens is longer than {self.config.block_size=}")
 
         e_BSD = wte(tokens) * math.sqrt(self.config.n_embd)
-        e_BSD, _ = self._blocks("prelude", e_BSD)
+        e_BSD, _ = self._blocks("prelude", e_BSD, context)
         calls = []  # statistics of the MoE calls that count
         if self.moe_at_injection:
             z_BSD, routing = parts["moe"](e_BSD)
             e_BSD = parts["moe_norm"](e_BSD + z_BSD if self.config.moe_residual else z_BSD)
             calls.append(routing)
 
-        s_BSD = last_BSD = self._first_state(e_BSD, initial_state)
+        s_BSD = last_BSD = self._first_state(e_BSD, initial_state, context)
         with torch.no_grad():  # truncated backpropagation: neither e nor the weights hear from these
             for _ in range(n):
-                last_BSD, (s_BSD, _) = s_BSD, self._recurrence(s_BSD, e_BSD)
+                last_BSD, (s_BSD, _) = s_BSD, self._recurrence(s_BSD, e_BSD, context)
         for _ in range(k):
-            last_BSD, (s_BSD, routings) = s_BSD, self._recurrence(s_BSD, e_BSD)
+            last_BSD, (s_BSD, routings) = s_BSD, self._recurrence(s_BSD, e_BSD, context)
             calls.extend(routings)
 
         latents_BSD = ln_f(s_BSD)
-        output_BSD = ln_f(self._blocks("coda", latents_BSD)[0])
+        output_BSD = ln_f(self._blocks("coda", latents_BSD, context)[0])
         with torch.no_grad():
             residual = at_least_float32(s_BSD - last_BSD).norm(dim=-1).mean()
             state_norm = at_least_float32(s_BSD).norm(dim=-1).mean()
@@ -336,14 +360,16 @@ class MoEHuginnModel(nn.Module):
             state_norm=state_norm,
         )
 
-    def _recurrence(self, s_BSD: Tensor, e_BSD: Tensor) -> tuple[Tensor, list[RoutingStatistics]]:
+    def _recurrence(
+        self, s_BSD: Tensor, e_BSD: Tensor, context: Context | None
+    ) -> tuple[Tensor, list[RoutingStatistics]]:
         """s_i = core(adapter(concat[s_{i-1}, e])), with the state in the first half."""
-        return self._blocks("core_block", self.transformer["adapter"](torch.cat([s_BSD, e_BSD], dim=-1)))
+        return self._blocks("core_block", self.transformer["adapter"](torch.cat([s_BSD, e_BSD], dim=-1)), context)
 
-    def _blocks(self, name: str, x_BSD: Tensor) -> tuple[Tensor, list[RoutingStatistics]]:
+    def _blocks(self, name: str, x_BSD: Tensor, context: Context | None) -> tuple[Tensor, list[RoutingStatistics]]:
         routings = []
         for block in cast(nn.ModuleList, self.transformer[name]):
-            x_BSD, routing = block(x_BSD)
+            x_BSD, routing = block(x_BSD, context)
             if routing is not None:
                 routings.append(routing)
         return x_BSD, routings
@@ -355,8 +381,12 @@ class MoEHuginnModel(nn.Module):
             raise ValueError(f"num_steps={(n, k)} must not be negative")
         return n, k
 
-    def _first_state(self, e_BSD: Tensor, given: Tensor | None) -> Tensor:
-        if given is None:
+    def _first_state(self, e_BSD: Tensor, given: Tensor | None, context: Context | None) -> Tensor:
+        if given is None and context is not None:
+            positions_BS = context.position_BS.cpu()
+            drawn = torch.from_numpy(draw_initial_state(0, int(positions_BS.max()) + 1, e_BSD.shape[2]))
+            given = drawn[positions_BS]
+        elif given is None:
             given = torch.from_numpy(draw_initial_state(0, e_BSD.shape[1], e_BSD.shape[2])).expand(e_BSD.shape)
         if given.shape != e_BSD.shape:
             raise ValueError(f"initial_state has shape {tuple(given.shape)}, not {tuple(e_BSD.shape)}")

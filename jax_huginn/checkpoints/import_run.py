@@ -78,12 +78,16 @@ class _Streamed(ocp.type_handlers.NumpyHandler):
     def __init__(self) -> None:
         super().__init__(deepcopy_host_arrays=False)
         self.sums: dict[str, jax.Array] = {}
+        self.error: UserError | None = None
 
     async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Sequence[Any] | None = None):
         for index, value in enumerate(values):
             part = slice(index, index + 1)
-            name, array = infos[index].name, value.read()
-            self.sums[name] = checksum(array)
+            try:
+                array = value.read()
+            except UserError as error:  # raised later, when no other thread of Orbax writes into the folder any more
+                self.error, array = self.error or error, np.zeros(value.shape, value.dtype)
+            self.sums[infos[index].name] = checksum(array)
             for written in await super().serialize([array], infos[part], args[part] if args else None):
                 written.result()
         return []
@@ -104,9 +108,12 @@ def _write_step_0(folder: Path, params: Any, config: Config, origin: str) -> Non
     unfinished.parent.mkdir(parents=True)
     # Synchronous: a broken array would leave the threads of an asynchronous save waiting for each other.
     with ocp.Checkpointer(handler) as writer:
-        lazy = jax.tree.map(_lazy, nnx.to_pure_dict(params))
+        tree = nnx.to_pure_dict(params) if isinstance(params, nnx.State) else params
+        lazy = jax.tree.map(_lazy, tree)
         items = {"params": ocp.args.PyTreeSave(lazy), "meta": ocp.args.JsonSave(meta)}
         writer.save(unfinished, args=ocp.args.Composite(**items))
+    if streamed.error is not None:
+        raise streamed.error
     step_folders.seal(unfinished, {"params": as_hex(streamed.sums)})
     step_folders.commit(unfinished, folder / "0")
     step_folders.clear(folder)

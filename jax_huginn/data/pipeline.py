@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from jax_huginn.data.reader import Pieces
     from jax_huginn.data.sources.hub import HubFiles
 
-IGNORED = -100  # label excluded from the loss
+IGNORE = -100  # label excluded from the loss
 TOKENIZER_BYTES = 32 * 2**20  # text that a tokenizer is trained on: about 4 s on two cores
 LOCATABLE = 3  # last batches whose rows can be traced to their files; records are seen a step late
 VALIDATION_SEED = 0  # not train.seed, so that runs with different seeds are measured on the same rows
@@ -248,7 +248,7 @@ def _sample(files: list[CorpusFile]) -> Iterator[str]:
 def _batch(rows: Sequence[np.ndarray], length: int) -> dict[str, np.ndarray]:
     """Make a batch from rows of 2 to S + 1 tokens; shorter rows are padded, with labels ignored."""
     tokens = np.zeros((len(rows), length), np.int32)
-    labels = np.full((len(rows), length), IGNORED, np.int32)
+    labels = np.full((len(rows), length), IGNORE, np.int32)
     for index, row in enumerate(rows):
         tokens[index, : len(row) - 1], labels[index, : len(row) - 1] = row[:-1], row[1:]
     return {"tokens": tokens, "labels": labels}

@@ -127,7 +127,7 @@ def checked(
     tensors = unwrapped(path, tensors)
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
-            raise WeightsError(f"{path}: {name} is not a tensor of floating-point numbers")
+            raise WeightsError(f"{path}: {name} is not a tensor of floating-point numbers of 16 bits or more")
     config = describe(compute_type(tensors))
     model = config.model
     parts = model.prelude_layers + model.core_layers + model.coda_layers + config.moe.experts

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ from jax_huginn.interop.safetensors_files import INDEX, SINGLE, read_tensors, wr
 if TYPE_CHECKING:
     from jax_huginn.model.huginn import MoEHuginnModel
 
+_MODELLING_FILES = ("huggingface.py", "model.py", "config.py", "initial_state.py")
 SHARD_BYTES = 5_000_000_000
 
 
@@ -115,12 +117,22 @@ def write_huggingface(
         with whole_folder(folder) as unfinished:
             if tokenizer:
                 shutil.copytree(tokenizer, unfinished, dirs_exist_ok=True)
+            _copy_modelling_files(unfinished)
             ids = token_ids(unfinished)
             _write_json(unfinished / "config.json", {**huggingface_config(config, kind), **ids})
             _write_json(unfinished / "generation_config.json", ids)  # without an EOS id generation never stops
             write_shards(unfinished, declared, tensors(), shard_bytes)
     except OSError as error:
         raise ExportError(f"{folder} cannot be written: {reason(error)}") from None
+
+
+def _copy_modelling_files(folder: Path) -> None:
+    """The twin's own, with which Transformers opens the folder where `trust_remote_code` allows it."""
+    twin = find_spec("torch_reference")  # found, not imported: that would need torch
+    if twin is None or twin.origin is None:
+        raise ExportError("the package torch_reference is not installed, whose files every folder holds")
+    for name in _MODELLING_FILES:
+        shutil.copyfile(Path(twin.origin).with_name(name), folder / name)
 
 
 def token_ids(tokenizer: Path) -> dict[str, int]:

@@ -17,6 +17,7 @@ PUBLIC_TYPE = "huginn_raven"
 """`model_type` of huginn-0125 and of every dense model without grouped heads."""
 OWN_TYPE = "moe_huginn"
 """`model_type` of the others; the rest of their config.json are the fields of the `.pth` layout's `model_config`."""
+_CLASSES = {PUBLIC_TYPE: "Raven", OWN_TYPE: "Huginn"}
 
 # Choices that the public layout can express and this model makes one way only. Absent means that way.
 _WRITTEN: dict[str, Any] = {
@@ -98,10 +99,9 @@ def huggingface_config(config: Config, dtype: str) -> dict[str, Any]:
     """
     model, recurrence = config.model, config.recurrence
     if config.moe.experts or model.kv_heads != model.heads:
-        return {"model_type": OWN_TYPE, **model_config(config), "torch_dtype": dtype, "dtype": dtype}
+        return {**_named(OWN_TYPE), **model_config(config), "torch_dtype": dtype, "dtype": dtype}
     return {
-        "model_type": PUBLIC_TYPE,
-        "architectures": ["RavenForCausalLM"],
+        **_named(PUBLIC_TYPE),
         "n_embd": model.width,
         "n_heads": model.heads,
         "n_layers": model.prelude_layers + model.core_layers + model.coda_layers,
@@ -123,6 +123,17 @@ def huggingface_config(config: Config, dtype: str) -> dict[str, Any]:
         "rope_base": model.rope_base,
         "torch_dtype": dtype,  # the name that Transformers 4 reads
         "dtype": dtype,  # the one that Transformers 5 reads, which takes bfloat16 for float32 without it
+    }
+
+
+def _named(kind: str) -> dict[str, Any]:
+    """The type and its classes in the modelling file that lies in the folder."""
+    name = _CLASSES[kind]
+    places = {"AutoConfig": f"{name}Config", "AutoModelForCausalLM": f"{name}ForCausalLM"}
+    return {
+        "model_type": kind,
+        "architectures": [places["AutoModelForCausalLM"]],
+        "auto_map": {auto: f"huggingface.{place}" for auto, place in places.items()},
     }
 
 

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from jax_huginn.checkpoints.save import Checkpoints
 from jax_huginn.checkpoints.sources import load_checkpoint
 from jax_huginn.config.schema import CheckpointConfig
-from jax_huginn.data.pipeline import IGNORED
+from jax_huginn.data.pipeline import IGNORE
 from jax_huginn.model.sharding import shardings, specs
 from jax_huginn.parallel.mesh import AXES, REPLICATED, per_device
 from jax_huginn.training.depth import sample_depths
@@ -40,7 +40,7 @@ def trained(config) -> SimpleNamespace:
     losses, metrics = [], None
     for index, batch in enumerate(rows(config)):
         tokens, labels = batch[:, :-1], batch[:, 1:].copy()
-        labels[1, :9] = IGNORED
+        labels[1, :9] = IGNORE
         depths = sample_depths(config.recurrence, config.train.seed, index, config.train.micro_batches)
         state, metrics = step(state, tokens, labels, *depths)
         losses.append([float(metrics.loss), float(metrics.objective), float(metrics.grad_norm)])
@@ -95,7 +95,7 @@ def test_held_out_loss_is_that_of_one_device():
     for sizes in (ONE, (2, 2, 2)):
         run = trained_on(sizes, "float64")
         batch = rows(run.config)[0][:8]
-        batches = [{"tokens": batch[:, :-1], "labels": np.where(batch[:, 1:] < 30, IGNORED, batch[:, 1:])}]
+        batches = [{"tokens": batch[:, :-1], "labels": np.where(batch[:, 1:] < 30, IGNORE, batch[:, 1:])}]
         losses.append(make_validation(run.config, batches, None, run.mesh)(run.state.params))
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
 
