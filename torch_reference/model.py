@@ -3,7 +3,7 @@
 A depth-recurrent language model (Geiping et al. 2025, arXiv 2502.05171): a prelude embeds the tokens, one core
 is applied repeatedly to a latent state, and a coda reads out the result. A shared-expert Mixture of Experts
 transforms the embedding that every recurrence receives, or replaces the MLPs of the core. The code is written to be
-read, not for speed: experts run in a loop, there is no cache, and the model does not sample its own depth.
+read, not for speed: experts run in a loop, the cache is the caller's, and the model does not sample its own depth.
 
 The name of an array ends in its shape, one letter per axis:
 
@@ -11,7 +11,7 @@ The name of an array ends in its shape, one letter per axis:
     V  vocabulary                 F  MLP hidden width           K  head width
     H  query heads                G  key and value heads        T  tokens, B times S
     E  routed experts             A  experts per token          M  expert hidden width
-    L  keys, cached and new
+    L  positions of a cache
 
 "At least float32" is `promote_types(dtype, float32)`, so that the whole model also runs in float64.
 """

@@ -35,10 +35,10 @@ class JaxLanguageModel:
             model = nnx.merge(graphdef, params)
             y_TD = model.hidden(tokens_BS, recurrence, 0, state_SD).y_BSD[row_T, position_T]
 
-            def chunk(y_CD, target_C):
-                logits_CV = model.head(y_CD)
-                log_p_C = jax.nn.log_softmax(logits_CV)[jnp.arange(CHUNK), target_C]
-                return log_p_C, logits_CV.argmax(axis=-1)
+            def chunk(y_sD, target_s):
+                logits_sV = model.head(y_sD)
+                log_p_s = jax.nn.log_softmax(logits_sV)[jnp.arange(CHUNK), target_s]
+                return log_p_s, logits_sV.argmax(axis=-1)
 
             chunked = y_TD.reshape(-1, CHUNK, y_TD.shape[-1]), target_T.reshape(-1, CHUNK)
             log_p_T, best_T = lax.map(lambda inputs: chunk(*inputs), chunked)
