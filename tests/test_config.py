@@ -13,6 +13,7 @@ from jax_huginn import MoEHuginnConfig700M, MoEHuginnModel
 from jax_huginn.config.checks import ConfigError
 from jax_huginn.config.cli import parse_config, run_verb
 from jax_huginn.config.compatibility import (
+    MAY_BE_ACCEPTED,
     MAY_CHANGE_FIELDS,
     changes,
     describe_may_change,
@@ -154,7 +155,7 @@ def test_help_explains_every_field(capsys):
 
 def test_dense_is_a_config_without_experts(make_config):
     model = MoEHuginnModel(make_config(moe={"experts": 0}))
-    assert not hasattr(model, "moe")
+    assert model.moe is None
     assert MoEConfig(experts=0).experts == 0
     assert np.isfinite(model(np.zeros((1, 64), np.int32), (1, 1)).logits).all()
 
@@ -273,6 +274,15 @@ def test_what_may_change_is_whole_sections_and_named_fields():
     dropping = override(old, ["--parallel.data", "1", "--parallel.dispatch", "all_to_all"])
     assert changes(old, dropping)
     assert all(name in flatten(to_dict(old)) for name in MAY_CHANGE_FIELDS)
+
+
+def test_a_new_recipe_is_marked_as_what_may_be_accepted():
+    old = load_config(MOE)
+    recipe = ["--optimizer.learning_rate", "1e-4", "--train.batch_size", "16", "--recurrence.mean", "8"]
+    assert [change.may_be_accepted for change in changes(old, override(old, recipe))] == [True, True, True]
+    for words in (["--optimizer.name", "muon"], ["--data.source", "text"], ["--model.dtype", "bfloat16"]):
+        assert [change.may_be_accepted for change in changes(old, override(old, words))] == [False]
+    assert all(name in flatten(to_dict(old)) for name in MAY_BE_ACCEPTED)
 
 
 def test_weights_fit_whatever_the_type_length_and_loss_weights():

@@ -46,6 +46,26 @@ def test_another_config_is_refused_and_named(make_config, tmp_path):
     assert (tmp_path / "run/config.json").read_text() == before
 
 
+def test_a_new_recipe_resumes_when_it_is_accepted(make_config, tmp_path):
+    config = make_config(train={"steps": 20})
+    config = dataclasses.replace(config, run_dir=str(tmp_path))
+    open_run_folder(config)
+    (tmp_path / "checkpoints/4").mkdir(parents=True)
+    optimizer = dataclasses.replace(config.optimizer, learning_rate=1e-5)
+    changed = dataclasses.replace(config, optimizer=optimizer)
+    with pytest.raises(ConfigError, match=r"optimizer\.learning_rate was .*--checkpoint\.accept_changes true"):
+        open_run_folder(changed)
+    accepting = dataclasses.replace(changed, checkpoint=dataclasses.replace(config.checkpoint, accept_changes=True))
+    lines = []
+    open_run_folder(accepting, lines.append)
+    assert lines == [
+        f"checkpoint.accept_changes: optimizer.learning_rate was {config.optimizer.learning_rate}, now 1e-05"
+    ]
+    other = dataclasses.replace(accepting, optimizer=dataclasses.replace(optimizer, name="muon"))
+    with pytest.raises(ConfigError, match=r"optimizer\.name was 'adamw', now 'muon'\): name another"):
+        open_run_folder(other)
+
+
 def test_a_start_that_failed_does_not_bind_the_folder(make_config, tmp_path):
     """The same command with the right path starts; what was deleted is named, and what is not the run's own stays."""
     config = dataclasses.replace(make_config(data={"path": "wrong"}), run_dir=str(tmp_path / "run"))

@@ -1,9 +1,13 @@
-"""What a freed buffer costs the next step."""
+"""What is set up before a run, and what a start without a device says."""
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
+
+ROOT = Path(__file__).parent.parent
 # Page faults of asking eight times for 64 MB, after the first time.
 COUNT_FAULTS = """
 import resource
@@ -28,3 +32,14 @@ def faults(keep: bool) -> int:
 
 def test_what_is_freed_is_there_again_without_page_faults():
     assert faults(keep=True) < faults(keep=False) / 10
+
+
+@pytest.mark.parametrize("platform", ["nothing", "cuda"])
+def test_a_platform_that_is_not_here_is_one_line(tmp_path, platform):
+    command = [sys.executable, str(ROOT / "train_jax.py"), "--config", str(ROOT / "configs/moe.py"), "--run_dir", "run"]
+    environment = os.environ | {"JAX_PLATFORMS": platform, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert f"JAX_PLATFORMS={platform} names what is not here" in result.stderr
+    assert not (tmp_path / "run").exists()

@@ -85,11 +85,15 @@ def open_run_folder(config: Config, say: Callable[[str], None] = print) -> Path:
             f"from them with --checkpoint.init_from {folder}"
         )
     elif file.exists() and (changed := changes(_read(file), config)):
-        if begun:
-            raise ConfigError(
-                f"run_dir={folder} belongs to another config ({'; '.join(changed)}): name another --run_dir"
-            )
-        say(f"{folder} saved no checkpoint under another config ({'; '.join(changed)}): deleted {_clear(folder)}")
+        text = "; ".join(map(str, changed))
+        acceptable = all(change.may_be_accepted for change in changed)
+        if not begun:
+            say(f"{folder} saved no checkpoint under another config ({text}): deleted {_clear(folder)}")
+        elif acceptable and config.checkpoint.accept_changes:
+            say(f"checkpoint.accept_changes: {text}")
+        else:
+            fix = "resume with --checkpoint.accept_changes true, or " if acceptable else ""
+            raise ConfigError(f"run_dir={folder} belongs to another config ({text}): {fix}name another --run_dir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with whole_file(file) as unfinished:

@@ -22,6 +22,7 @@ from jax_huginn.files import sha256_of
 from jax_huginn.interop.foreign_weights import LazyArray
 from jax_huginn.interop.open_weights import open_weights
 from jax_huginn.model.huginn import MoEHuginnModel, abstract_model, cast_params
+from jax_huginn.parallel.mesh import available_devices
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def files_of_weights(path: Path) -> Iterator[Path]:
 
 
 def _on_one_device(tree: Any) -> Any:
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(available_devices()[0])
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), tree)
 
 

@@ -1,5 +1,7 @@
 """Which configs may share a run, and which may share weights."""
 
+from typing import NamedTuple
+
 from jax_huginn.config.dicts import flatten, to_dict
 from jax_huginn.config.schema import Config
 
@@ -19,13 +21,47 @@ MAY_CHANGE_FIELDS = (
     "parallel.process_id",
     "parallel.heartbeat_seconds",
 )
+# What `checkpoint.accept_changes` lets a run change: how it is trained from here on, but neither what it is made of nor
+# the optimiser's state.
+MAY_BE_ACCEPTED = (
+    "train.batch_size",
+    "train.micro_batches",
+    "recurrence.mean",
+    "recurrence.backprop_depth",
+    "recurrence.scheme",
+    "recurrence.curriculum",
+    "moe.balance_weight",
+    "moe.z_weight",
+    "optimizer.learning_rate",
+    "optimizer.schedule",
+    "optimizer.warmup_steps",
+    "optimizer.cooldown_steps",
+    "optimizer.final_fraction",
+    "optimizer.weight_decay",
+    "optimizer.clip_norm",
+)
 # The sections that say what the model is, without the fields that weights do not depend on.
 MODEL_SECTIONS = ("model", "moe")
 NOT_OF_THE_WEIGHTS = ("model.max_length", "model.dtype", "model.param_dtype", "moe.balance_weight", "moe.z_weight")
 
 
-def changes(old: Config, new: Config) -> list[str]:
-    """The fields that a run may not change when it resumes, each with both values.
+class Change(NamedTuple):
+    """A field that differs between two sessions of a run."""
+
+    name: str
+    before: object
+    after: object
+
+    @property
+    def may_be_accepted(self) -> bool:
+        return self.name in MAY_BE_ACCEPTED
+
+    def __str__(self) -> str:
+        return f"{self.name} was {self.before!r}, now {self.after!r}"
+
+
+def changes(old: Config, new: Config) -> list[Change]:
+    """The fields that a run may not change without a word when it resumes.
 
     The mesh only spreads the work, so all of `parallel` may change, unless tokens are dropped: which ones are dropped
     depends on it.
@@ -33,7 +69,7 @@ def changes(old: Config, new: Config) -> list[str]:
     drops = "all_to_all" in (old.parallel.dispatch, new.parallel.dispatch)
     sections = MAY_CHANGE_SECTIONS if drops else (*MAY_CHANGE_SECTIONS, "parallel")
     return [
-        f"{name} was {before!r}, now {after!r}"
+        Change(name, before, after)
         for name, before, after in _differences(old, new)
         if name.split(".")[0] not in sections and name not in MAY_CHANGE_FIELDS
     ]
@@ -43,9 +79,11 @@ def describe_may_change() -> str:
     """The sentence that the documentation gives on what may change when a run resumes."""
     sections = ", ".join(f"`{name}`" for name in MAY_CHANGE_SECTIONS)
     fields = ", ".join(f"`{name}`" for name in MAY_CHANGE_FIELDS if not name.startswith("parallel."))
+    accepted = ", ".join(f"`{name}`" for name in MAY_BE_ACCEPTED)
     return (
         f"When a run resumes, these may change: all of {sections}; all of `parallel`, unless its dispatch drops "
-        f"tokens; and {fields}. Any other change is refused by name."
+        f"tokens; and {fields}. With `--checkpoint.accept_changes true` so may {accepted}; what changed is "
+        "printed. Any other change is refused by name."
     )
 
 

@@ -162,6 +162,9 @@ class CheckpointConfig:
     """Checkpoints at multiples of this many steps are never deleted; 0: none."""
     resume: bool = True
     """Resume from the newest checkpoint of the run folder."""
+    accept_changes: bool = False
+    """Resume although rate, schedule, decay, clipping, batch size, depths or loss weights differ from the run's so far;
+    the optimiser's state is kept and what changed is printed."""
     overwrite: bool = False
     """With resume false: delete the run folder's earlier results."""
     init_from: str = ""

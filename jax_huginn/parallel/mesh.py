@@ -9,6 +9,7 @@ over its recurrences first, and one exchange follows. Outside a `shard_map` the 
 input, so the model also runs without a mesh.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,6 +30,23 @@ REPLICATED = PartitionSpec()
 # ---- The mesh -------------------------------------------------------------------------------------------------------
 
 
+def available_devices() -> list[jax.Device]:
+    """All devices of all processes.
+
+    Raises:
+        ConfigError: JAX finds none, as where JAX_PLATFORMS names what is not here.
+    """
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX asserts where a plugin is known but not installed
+        asked = os.environ.get("JAX_PLATFORMS")
+        reason = str(error).split(" (set JAX_PLATFORMS")[0] or "no backend"
+        fix = f"JAX_PLATFORMS={asked} names what is not here: " if asked else ""
+        raise ConfigError(
+            f"JAX finds no device ({reason}); {fix}set JAX_PLATFORMS=cpu, or install JAX for your GPU"
+        ) from None
+
+
 def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh that `config.parallel` asks for, over all devices of all processes unless some are given.
 
@@ -37,7 +55,7 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     Raises:
         ConfigError: sizes that do not fit the devices or the model.
     """
-    devices = sorted(devices or jax.devices(), key=lambda device: (device.process_index, device.id))
+    devices = sorted(devices or available_devices(), key=lambda device: (device.process_index, device.id))
     sizes = mesh_sizes(config, len(devices))
     require_fit(config, sizes)
     if config.parallel.dispatch == "ragged" and devices[0].platform == "cpu":

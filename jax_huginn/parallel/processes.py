@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jax_huginn.config.checks import ConfigError, UserError
 from jax_huginn.config.schema import ParallelConfig
-from jax_huginn.parallel.mesh import BATCH, REPLICATED, from_every_host
+from jax_huginn.parallel.mesh import BATCH, REPLICATED, available_devices, from_every_host
 
 T = TypeVar("T")
 CONNECT_SECONDS = 120  # for all processes to find each other
@@ -45,6 +45,7 @@ def session(config: ParallelConfig) -> Iterator[None]:
     notice within `parallel.heartbeat_seconds` and exit too.
     """
     initialize(config)
+    available_devices()
     try:
         yield
     except BaseException as error:
