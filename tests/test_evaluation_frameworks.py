@@ -165,10 +165,12 @@ def test_a_killed_evaluation_resumes_from_its_answers(models, tmp_path, monkeypa
         return score(self, readings, recurrence)
 
     monkeypatch.setattr(TorchLanguageModel, "log_probabilities", count)
-    assert ask(cached(models, tmp_path)) == expected
+    resumed = ask(cached(models, tmp_path))
     assert len(asked) == len(PAIRS) - 5
+    for one, other in zip(resumed, expected, strict=True):  # in other batches, so that float32 rounds otherwise
+        assert one == other if isinstance(one, str) else one == (pytest.approx(other[0], abs=1e-5), other[1])
     asked.clear()
-    assert ask(cached(models, tmp_path)) == expected
+    assert ask(cached(models, tmp_path)) == resumed
     assert asked == []
 
 
