@@ -46,6 +46,14 @@ def test_a_draw_depends_on_seed_and_micro_batch_alone():
     assert n_U.dtype == k_U.dtype == np.int32
 
 
+def test_in_lockstep_all_micro_batches_of_a_step_share_a_draw():
+    config = RecurrenceConfig(mean=32, backprop_depth=8, lockstep=True)
+    steps = [sample_depths(config, 3, step, micro_batches=4) for step in range(20)]
+    for step, (n_U, k_U) in enumerate(steps):
+        assert set(zip(n_U.tolist(), k_U.tolist(), strict=True)) == {sample_depth(config, 3, step)}
+    assert len({int(n_U[0]) for n_U, _ in steps}) > 10
+
+
 def test_shallow_means_keep_the_backpropagation_depth():
     """log max(r, k_max) stands in tau, so a mean below k_max does not lower the depth."""
     config = RecurrenceConfig(mean=2, backprop_depth=8)

@@ -29,6 +29,7 @@ MAY_BE_ACCEPTED = (
     "recurrence.mean",
     "recurrence.backprop_depth",
     "recurrence.scheme",
+    "recurrence.lockstep",
     "recurrence.curriculum",
     "moe.balance_weight",
     "moe.z_weight",

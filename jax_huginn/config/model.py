@@ -113,8 +113,10 @@ class RecurrenceConfig:
     """Last recurrences, through which gradients flow (k_max)."""
     scheme: Literal["poisson-lognormal-filling", "fixed"] = "poisson-lognormal-filling"
     """Distribution of the sampled depth. fixed: always `mean` recurrences."""
+    lockstep: bool = False
+    """Draw one depth for all micro-batches of a step, as the public run did, rather than one for each."""
     curriculum: int = 0
-    """Micro-batches over which depth and backpropagation depth ramp up linearly; 0 starts at full depth."""
+    """Draws over which depth and backpropagation depth ramp up linearly; 0 starts at full depth."""
 
     @property
     def gradient_steps(self) -> int:
