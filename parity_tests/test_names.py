@@ -133,15 +133,21 @@ def group_of(name: str) -> str:
         return "norm"
     if "router" in name:
         return "router"
-    if name.endswith(("proj.weight", "w_down.weight")):
+    if name.endswith("w_down.weight"):
+        return "w_down"
+    if name.endswith("proj.weight"):
         return "output projection"
     return "embedding" if "wte" in name else "matrix"
 
 
-@pytest.mark.parametrize("kind", ["injection", "core"])
+@pytest.mark.parametrize("kind", ["injection", "residual", "core"])
 @pytest.mark.parametrize("package", ["jax", "torch"])
 def test_init_has_the_std_of_the_takase_formula_in_every_group(package, kind):
-    """Of N draws the std is known to 1 / sqrt(2 N), five of which are allowed, and the mean to std / sqrt(N)."""
+    """The std of N draws is known to 1 / sqrt(2 N), five of which are allowed, and the mean to std / sqrt(N).
+
+    An expert's w_down ends a residual branch in the core and with `moe.residual`; at the injection without, nothing is
+    added to it, and it is a plain matrix.
+    """
     config = small_config(**KINDS[kind])
     if package == "jax":
         tensors = dict(to_torch(params_of(MoEHuginnModel(config, seed=3))))
@@ -155,6 +161,7 @@ def test_init_has_the_std_of_the_takase_formula_in_every_group(package, kind):
     depth = 1 + 2 * 6 + 1  # P + C * mean recurrence + T
     std = np.sqrt(2 / (5 * 32))
     expected = {"embedding": std, "matrix": std, "output projection": std / np.sqrt(2 * depth)}
+    expected["w_down"] = expected["matrix" if kind == "injection" else "output projection"]
     for group, untruncated in expected.items():
         draws = np.concatenate(groups[group])
         assert np.abs(draws).max() <= 3 * untruncated * (1 + 1e-6), group

@@ -118,7 +118,7 @@ def test_a_missing_process_0_is_one_line(monkeypatch):
 
 
 def test_open_mpi_5_needs_an_address():
-    with pytest.raises(ConfigError, match=r"give --parallel.coordinator"):
+    with pytest.raises(ConfigError, match=r"set --parallel.coordinator HOST:PORT"):
         by_launcher(ParallelConfig(), OMPI)
     arguments = by_launcher(ParallelConfig(coordinator="h:1"), OMPI)
     assert arguments == {

@@ -30,8 +30,8 @@ REPLICATED = PartitionSpec()
 # ---- The mesh -------------------------------------------------------------------------------------------------------
 
 
-def available_devices() -> list[jax.Device]:
-    """All devices of all processes.
+def available_devices() -> list[Any]:
+    """All `jax.Device`s of all processes.
 
     Raises:
         ConfigError: JAX finds none, as where JAX_PLATFORMS names what is not here.
