@@ -1,11 +1,29 @@
 """Shared by tests/ and parity_tests/. Importing tests.support enables float64 and shuts off the network."""
 
+import os
+import shutil
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from jax_huginn.config.schema import Config
-from tests.support import small_config
+# The workers of pytest-xdist and the processes that tests start compile many of the same programs: one folder, named
+# in the environment before any of them imports JAX, lets each program be compiled once.
+CACHE = "JAX_COMPILATION_CACHE_DIR"
+_own_cache: str | None = None
+if CACHE not in os.environ:
+    _own_cache = os.environ[CACHE] = tempfile.mkdtemp(prefix="jax_huginn_tests_")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+from jax_huginn.config.schema import Config  # noqa: E402
+from tests.support import small_config  # noqa: E402
+
+
+def pytest_unconfigure() -> None:
+    if _own_cache is not None:
+        shutil.rmtree(Path(_own_cache), ignore_errors=True)
 
 
 @pytest.fixture

@@ -8,4 +8,4 @@ from pathlib import Path
 TASKS_FOLDER = Path(__file__).parent
 """Folder of the task files (YAML)."""
 TASKS = tuple(sorted(path.stem for path in TASKS_FOLDER.glob("*.yaml")))
-"""Names of the tasks; each stands in the file of its name."""
+"""Names of the tasks; each is defined in the file of its name."""

@@ -72,9 +72,9 @@ def build(folder: Path, validation_fraction: float = VALIDATION_FRACTION) -> Non
 def continuation_questions(validation_fraction: float = VALIDATION_FRACTION) -> list[dict[str, Any]]:
     """Up to QUESTIONS rows of `file`, `line`, `context`, `choices` and `answer` (the index of the right choice).
 
-    The context ends with the line's indentation, so that every choice stands at the same depth. Wrong choices are
+    The context ends with the line's indentation, so that every choice has the same indentation. Wrong choices are
     lines of other held-out files, indented alike and about as long; how many of them are shorter than the right one
-    is drawn first, so that length tells nothing. Every choice occurs once in the library, training files included.
+    is drawn first, so that length gives nothing away. Every choice occurs once in the library, training files included.
     """
     texts = dict(_texts())
     occurrences = Counter(line.strip() for text in texts.values() for line in text.splitlines())

@@ -2,7 +2,7 @@
 
 The weights are drawn once in NumPy and reach Torch through `jax_huginn.interop.names`, the product's own map. They are
 never init weights, at which swapped norms or a missing bias change nothing. Everything that is compared carries a
-name and stands in the order of the forward pass, so the first name of a failure is the place to look.
+name, in the order of the forward pass, so the first name of a failure is the place to look.
 
 Shapes: B batch, S sequence, D width, V vocabulary.
 """
@@ -206,7 +206,7 @@ def make_batch(config: Config, rows: int = 2, length: int = 64, seed: int = 1) -
 def run_jax(pair: Pair, batch: Batch, n: int, k: int) -> Tensors:
     """Everything that training computes, gradients of every parameter included, and the explicit path's values.
 
-    These depend on n + k alone (but for the routing of a core MoE), so one compilation, k = 1, serves all depths.
+    These depend on n + k alone (except the routing of a core MoE), so one compilation, k = 1, serves all depths.
     """
     state = jnp.asarray(batch.state, pair.dtype)
     output, gradients = pair.training()(batch.tokens, batch.labels, np.int32(n), np.int32(k), state)

@@ -56,7 +56,7 @@ def test_rms_norm_agrees(dtype):
 @each_dtype
 @pytest.mark.parametrize("size", [0.0, 1e-6, 1e-3, 1e6])
 def test_rms_norm_agrees_where_its_epsilon_matters_and_where_squares_are_large(dtype, size):
-    """Epsilon stands inside the root and has the same size: a row of rms 1e-3 feels it at full strength."""
+    """Epsilon is inside the root and has the same size: a row of rms 1e-3 feels it at full strength."""
     weight = inputs(dtype, 32, seed=1)
     x = inputs(dtype, 8, 32, size=size)
     twin = twin_module.RMSNorm(32, 1e-6)

@@ -162,7 +162,7 @@ def final_norm_used_once(twin: MoEHuginnModel) -> None:
 right_rope = twin_module.apply_rope
 IN_CODE = {
     "embedding scale missing": ("dense", hooked("transformer.wte", lambda x, y: y / 32**0.5)),
-    "the embedding stands before the state": ("dense", embedding_first),
+    "the embedding is concatenated before the state": ("dense", embedding_first),
     "final norm used once": ("dense", final_norm_used_once),
     "MoE norm missing": ("injection", hooked("transformer.moe_norm", lambda x, y: x + 0 * y)),
     "norm_4 missing": ("dense", hooked(CORE + "norm_4", lambda x, y: x + 0 * y)),

@@ -159,7 +159,7 @@ def test_bfloat16_of_a_moe_whose_choices_are_fixed_is_as_near_to_float64_as_torc
 def test_bfloat16_reroutes_few_tokens_and_no_more_than_torch():
     """With a free choice, tokens near a tie change experts under bfloat16; they are counted in both frameworks.
 
-    Counted where the MoE stands at the injection: behind one prelude block, before any recurrence.
+    Counted with the MoE at the injection: behind one prelude block, before any recurrence.
     """
     pair, exact = rounding_pairs("injection", "bfloat16")
     batch = rounding_batch("injection")

@@ -140,7 +140,7 @@ def kill_often(victim: Run, kills: int, steps: int, moments: random.Random) -> C
         return phases
     victim.start()
     if victim.process.wait(PATIENCE):
-        sys.exit(f"the run that was killed does not go on:\n{victim.log.read_text()[-2000:]}")
+        sys.exit(f"the run that was killed does not resume:\n{victim.log.read_text()[-2000:]}")
     return phases
 
 

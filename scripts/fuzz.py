@@ -198,7 +198,7 @@ def try_checkpoint(folder: Path, chance: random.Random) -> None:
             file.unlink()
         else:
             damage(file, chance, damaged_json if file.name in ("checksums.json", "metadata") else damaged)
-    with redirect_stderr(io.StringIO()):  # where the damaged step is told
+    with redirect_stderr(io.StringIO()):  # where the damaged step is reported
         config_of(find_step(folder / "run"))
 
 

@@ -9,7 +9,7 @@
 #
 #     mesh: data 2 x fsdp 8 x expert 1 on 16 devices, 16 processes
 #
-# then a line every log.every steps. A second job with the same arguments goes on from the last checkpoint; the signal
+# then a line every log.every steps. A second job with the same arguments resumes from the last checkpoint; the signal
 # below lets a job that runs out of time save one first. This script was not run on a cluster.
 #SBATCH --job-name=jax-huginn
 #SBATCH --nodes=2

@@ -73,7 +73,7 @@ def test_a_bad_micro_batch_leaves_weights_and_optimiser_as_they_were(make_config
     jax.tree.map(np.testing.assert_array_equal, (after.params, after.opt_state), (before.params, before.opt_state))
     assert (int(after.step), int(after.skipped)) == (2, 1)
 
-    state, metrics = advance(state, rows)  # the rate goes on with the updates, not with the steps
+    state, metrics = advance(state, rows)  # the rate follows the updates, not the steps
     assert int(metrics.skipped) == 1
     moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), state.params, before.params)
     assert any(jax.tree.leaves(moved))
@@ -125,7 +125,7 @@ def test_a_run_skips_counts_stops_after_a_streak_and_goes_on(make_config, poison
     assert [record["skipped_updates"] for record in records] == [0, 1, 1, 1, 1, 2, 3, 4]
     assert [record.get("non_finite") for record in records] == [None, [0], None, None, None, [0], [0], [0]]
 
-    bad_steps -= {7}  # mended, as far as the streak goes
+    bad_steps -= {7}  # a good step, so the streak ends
     train(config)
     records = read(tmp_path)
     assert [record["skipped_updates"] for record in records] == [0, 1, 1, 1, 1, 2, 2, 3, 3]

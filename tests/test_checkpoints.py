@@ -42,7 +42,7 @@ def state_at(config, step: int) -> TrainState:
 
 
 class Position:
-    """In place of the training batches: where they stand."""
+    """Stand-in for the training batches: their position."""
 
     def __init__(self, rows: int):
         self.rows = rows
@@ -83,7 +83,7 @@ def flip(file: Path, place: int = -1) -> None:
 
 
 def assert_restores(config, folder: Path, step: int) -> list[str]:
-    """The run goes on from `step`, bit for bit; what it said."""
+    """Resume from `step`, bit for bit, and return what the run printed."""
     said: list[str] = []
     checkpoints, data = Checkpoints(folder, config.checkpoint, said.append), Position(0)
     state = checkpoints.restore(sharded_state(config, one_device()), data)

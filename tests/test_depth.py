@@ -55,7 +55,7 @@ def test_in_lockstep_all_micro_batches_of_a_step_share_a_draw():
 
 
 def test_shallow_means_keep_the_backpropagation_depth():
-    """log max(r, k_max) stands in tau, so a mean below k_max does not lower the depth."""
+    """tau uses log max(r, k_max), so a mean below k_max does not lower the depth."""
     config = RecurrenceConfig(mean=2, backprop_depth=8)
     total = np.array([sum(sample_depth(config, 0, index)) for index in range(4000)])
     assert total.mean() == pytest.approx(9.0, abs=0.3)

@@ -1,4 +1,4 @@
-"""A run as a whole: killed, out of room, told to stop in time, and silent about secrets."""
+"""A run as a whole: killed, out of disk space, asked to stop in time, and silent about secrets."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def wait_until(condition, seconds: float = 120) -> None:
 
 
 def test_a_run_survives_a_full_disk_and_saves_once_there_is_room(start, tmp_path):
-    """The limit on file sizes lets no write pass, as a full disk does; it is lifted while the run goes on."""
+    """The limit on file sizes lets no write pass, as a full disk does; it is lifted while the run continues."""
     process = start("--train.steps", "1000000", "--checkpoint.every", "40", "--checkpoint.keep", "100")
     checkpoints, metrics = tmp_path / "run/checkpoints", tmp_path / "run/metrics.jsonl"
     wait_until((checkpoints / "40").is_dir)

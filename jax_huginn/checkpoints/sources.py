@@ -40,7 +40,7 @@ class Source:
     the other, so that no second copy of the weights is ever in memory."""
 
     def digest(self) -> str:
-        """SHA-256 of the weights' files, by which two models are told apart: 64 hexadecimal digits."""
+        """SHA-256 of the weights' files, which identifies the model: 64 hexadecimal digits."""
         return sha256_of(files_of_weights(self.path))
 
 

@@ -142,7 +142,7 @@ def config_of(values: Any, where: str, dtype: Dtype) -> Config:
 
     Args:
         values: the dict; fields that neither shape the model nor its depth are ignored.
-        where: stands before every complaint, for example `model.pth: model_config.`.
+        where: the prefix of every message, for example `model.pth: model_config.`.
         dtype: of the weights, `bfloat16`, `float32` or `float64`: the type that the model computes in.
 
     Raises:

@@ -120,7 +120,7 @@ class TorchArchive:
             raise WeightsError(f"{path}: {reason} ({type(error).__name__})") from None
 
     def tensor(self, value: Any) -> LazyArray | None:
-        """The tensor that a value of the pickle stands for; None for anything else, or out of bounds."""
+        """The tensor that a value of the pickle represents; None for anything else, or out of bounds."""
         try:
             return self._tensor(value)
         except (TypeError, ValueError, IndexError, AttributeError):  # records need not have the form they should

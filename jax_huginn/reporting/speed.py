@@ -14,7 +14,7 @@ class Speed:
     """Measures the steps between two readings; validation, saving and the first step, which compiles, do not count."""
 
     def __init__(self, config: Config, device: Any, devices: int = 1):
-        """`device`: the `jax.Device` of this process that stands for all `devices`."""
+        """`device`: the `jax.Device` of this process that represents all `devices`."""
         peak = peak_flops(device.device_kind)
         self.config, self.device, self.peak = config, device, peak and peak * devices
         self.tokens = config.train.batch_size * config.train.sequence_length

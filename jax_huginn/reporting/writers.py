@@ -95,7 +95,7 @@ class TensorBoard:
 
         self.say, self.failed = say, False
         self.writer = EventFileWriter(str(folder))
-        # Tells TensorBoard to drop what an earlier, interrupted session wrote after the restored step.
+        # Makes TensorBoard drop what an earlier, interrupted session wrote after the restored step.
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self.writer.add_event(event_pb2.Event(session_log=start, step=restored_step + 1, wall_time=time.time()))
 

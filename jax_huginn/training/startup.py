@@ -58,7 +58,7 @@ COMPILED = "compiled"
 
 
 def keep_compiled(run_dir: Path) -> None:
-    """Keep the compiled programs of accelerators in RUN/compiled, unless JAX is told another place for them.
+    """Keep the compiled programs of accelerators in RUN/compiled, unless another folder was set for them.
 
     A restart then begins in seconds instead of about a minute (docs/performance.md). Not on CPUs: their programs suit
     one model of processor, and compile fast.

@@ -161,7 +161,7 @@ def abstract_gradient(sizes, **sections):
 
 
 def test_the_cores_weights_and_gradients_travel_once():
-    """No exchange stands inside a recurrence: no gather of weights, no sum of gradients over the devices."""
+    """No collective is inside a recurrence: no gather of weights, no sum of gradients over the devices."""
     run, arguments = abstract_gradient((2, 2, 2), train={"micro_batches": 1, "batch_size": 8})
     jaxpr = jax.make_jaxpr(run)(*arguments)
     seen = set(exchanges(jaxpr.jaxpr, inside_loop=False))
