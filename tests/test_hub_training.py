@@ -14,8 +14,8 @@ import numpy as np
 from flax import nnx
 
 from jax_huginn import load_checkpoint
+from tests.hub.support import FILES, REPOSITORY, TRAIN, S, rows
 from tests.hub_server import Fault, HubServer, digest, serving
-from tests.test_data_hub import FILES, REPOSITORY, TRAIN, S, rows
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 60
