@@ -101,7 +101,7 @@ def test_documents_follow_each_other_and_parts_join(tokenizer: PreTrainedTokeniz
 def test_a_part_that_continues_a_document_gets_no_space(kind: str) -> None:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-    # One id for each word: of two words with one id, writing a tokenizer out keeps either, as its hash map happens to lie.
+    # One id for each word: of two words with one id, a saved tokenizer keeps either, by the order of its hash map.
     word = "Ġa" if kind == "ByteLevel" else "▁a"
     backend = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, word: 2, "a": 3}, unk_token="<s>"))
     if kind == "Prepend":
