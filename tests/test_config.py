@@ -3,6 +3,8 @@
 import ast
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -253,6 +255,23 @@ def test_a_users_mistake_is_one_line_and_status_2(capsys):
         run_verb(mistake)
     assert exit_.value.code == 2
     assert capsys.readouterr().err == "error: train.steps=0 must be positive?or else\n"
+
+
+def test_a_reader_that_closed_the_pipe_ends_a_command_silently(tmp_path):
+    """As `| head` does, whether the output is flushed by the command or left to the end."""
+    command = "import sys; from jax_huginn.config.cli import run_verb; run_verb(lambda: print('x' * {}))"
+    for length in (10, 1 << 20):
+        line = f'set -o pipefail; {sys.executable} -c "{command.format(length)}" | true'
+        result = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+        assert (result.returncode, result.stderr) == (141, "")
+
+
+def test_a_broken_pipe_of_something_else_is_a_bug():
+    def bug():
+        raise BrokenPipeError("a socket of ours")
+
+    with pytest.raises(BrokenPipeError):
+        run_verb(bug)
 
 
 # ---- Old names, and what may change ----------------------------------------------------------------------------------

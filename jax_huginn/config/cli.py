@@ -1,6 +1,7 @@
 """Command lines: a config file with overrides, the parser of the `python -m` verbs, and how a command ends."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -85,13 +86,30 @@ def split_options(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def run_verb(main: Callable[[], None]) -> None:
     """Run a command. A user's mistake becomes one line on stderr and exit status 2; a bug keeps its traceback.
 
-    Ctrl-C where nothing has to be saved, as before the first step, exits with status 130.
+    Ctrl-C where nothing has to be saved, as before the first step, exits with status 130. A reader that closed the pipe,
+    as `| head` does, ends the command silently with 141, the status of a process that SIGPIPE killed.
     """
     try:
         main()
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        sys.exit(141)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _reader_is_gone() -> bool:
+    """Whether stdout is a pipe that nobody reads; if so, what Python still wants to write at its exit is dropped."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
