@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -86,8 +87,8 @@ def split_options(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def run_verb(main: Callable[[], None]) -> None:
     """Run a command. A user's mistake becomes one line on stderr and exit status 2; a bug keeps its traceback.
 
-    Ctrl-C where nothing has to be saved, as before the first step, exits with status 130. A reader that closed the pipe,
-    as `| head` does, ends the command silently with 141, the status of a process that SIGPIPE killed.
+    Ctrl-C where nothing has to be saved, as before the first step, exits with status 130. If the reader of a pipe has
+    closed it, as `| head` does, the command ends silently with 141, the status of a process that SIGPIPE killed.
     """
     try:
         main()
@@ -107,9 +108,9 @@ def run_verb(main: Callable[[], None]) -> None:
 
 def _reader_is_gone() -> bool:
     """Whether stdout is a pipe that nobody reads; if so, what Python still wants to write at its exit is dropped."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLERR)
+    gone = bool(poll.poll(0))
+    if gone:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    return gone
