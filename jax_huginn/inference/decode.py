@@ -82,8 +82,8 @@ class _Rules(NamedTuple):
 class _Inputs(NamedTuple):
     """What stays the same from token to token."""
 
-    length_B: jax.Array | np.ndarray
-    seed_B: np.ndarray
+    length_B: jax.Array
+    seed_B: jax.Array
     state_LD: jax.Array
     """s_0 of every position of the cache."""
 
@@ -91,7 +91,7 @@ class _Inputs(NamedTuple):
 class _Made(NamedTuple):
     """The text so far, small enough to be fetched often."""
 
-    count: jax.Array
+    number: jax.Array
     """Tokens made, the same for all rows that have not finished."""
     finished_B: jax.Array
     tokens_BN: jax.Array
@@ -165,9 +165,10 @@ def generate(
     tokens_BS = np.zeros((rows, padded), np.int32)
     for row, prompt in enumerate(prompts):
         tokens_BS[row, : len(prompt)] = prompt
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     inputs = _Inputs(
-        np.array([len(prompt) for prompt in prompts], np.int32),
-        np.asarray(range(rows) if seeds is None else seeds, np.uint32),
+        jnp.asarray(lengths),
+        jnp.asarray(np.asarray(range(rows) if seeds is None else seeds, np.uint32)),
         jnp.asarray(initializers.fixed_state(0, room, config.model.width), config.model.dtype),
     )
 
@@ -184,14 +185,14 @@ def generate(
     try:
         while True:
             if on_tokens is not None:
-                for row, count in enumerate(np.minimum(_counts(made, inputs.length_B, most, rules), ends)):
+                for row, count in enumerate(np.minimum(_counts(made, lengths, most, rules), ends)):
                     new = made.tokens_BN[row, before:count].tolist()
                     kept = on_tokens(row, new) if new else None
                     if kept is not None:
                         ends[row] = before + kept
-                made = made._replace(finished_B=made.finished_B | (ends < made.count))
+                made = made._replace(finished_B=made.finished_B | (ends < made.number))
                 carry = carry._replace(made=carry.made._replace(finished_B=jnp.asarray(made.finished_B)))
-            before = int(made.count)
+            before = int(made.number)
             if before >= max_new_tokens or made.finished_B.all():
                 break
             until = max_new_tokens if on_tokens is None else min(before + tokens_per_call, max_new_tokens)
@@ -201,7 +202,7 @@ def generate(
         interrupted = True
     decoding = clock.lap()
 
-    counts = _counts(made, inputs.length_B, most, rules)
+    counts = _counts(made, lengths, most, rules)
     results = []
     for row, prompt in enumerate(prompts):
         count = min(counts[row], int(ends[row]))
@@ -238,7 +239,7 @@ def _counts(made: Any, lengths: np.ndarray, most: int, rules: _Rules) -> list[in
     """Tokens of each row so far: up to its stop token or the end of the context."""
     counts = []
     for row, length in enumerate(lengths):
-        count = min(int(made.count), most - int(length))
+        count = min(int(made.number), most - int(length))
         ends = np.flatnonzero(np.isin(made.tokens_BN[row, :count], rules.stop_tokens))
         counts.append(int(ends[0]) + 1 if ends.size else count)
     return counts
@@ -259,7 +260,7 @@ def _prefill(graphdef: nnx.GraphDef, rules: _Rules, params: Any, inputs: _Inputs
         tokens_BS = jnp.where(jnp.arange(length) < inputs.length_B[:, None], tokens_BS, vocabulary)
         seen_BV = jnp.zeros((rows, vocabulary), bool).at[jnp.arange(rows)[:, None], tokens_BS].set(True, mode="drop")
     nothing = _Made(
-        count=jnp.zeros((), jnp.int32),
+        number=jnp.zeros((), jnp.int32),
         finished_B=jnp.zeros(rows, bool),
         tokens_BN=jnp.zeros((rows, rules.max_new_tokens), jnp.int32),
         steps_BN=jnp.zeros((rows, rules.max_new_tokens), jnp.int32),
@@ -278,29 +279,29 @@ def _decode(graphdef: nnx.GraphDef, rules: _Rules, params: Any, inputs: _Inputs,
 
     def token(carry: _Carry) -> _Carry:
         made = carry.made
-        index_B = inputs.length_B + made.count - 1
+        index_B = inputs.length_B + made.number - 1
         start_B1D = carry.state_B1D if rules.warm_start else inputs.state_LD.at[index_B].get(mode="clip")[:, None]
         thought = think_tokens(model, rules.depth, carry.cache, carry.token_B, index_B, made.finished_B, start_B1D)
         made = made._replace(used=made.used + thought.used, computed=made.computed + thought.computed)
         return _next_token(rules, inputs, model.config.model.max_length, made, carry.seen_BV, thought)
 
-    return lax.while_loop(lambda carry: (carry.made.count < until) & ~carry.made.finished_B.all(), token, carry)
+    return lax.while_loop(lambda carry: (carry.made.number < until) & ~carry.made.finished_B.all(), token, carry)
 
 
 def _next_token(rules: _Rules, inputs: _Inputs, most: int, made: _Made, seen_BV: jax.Array, thought: Thought) -> _Carry:
     """The carry with one more token, chosen from the logits of a thought; `most` is the context's length."""
     rows_B = jnp.arange(thought.steps_B.shape[0])
-    count_B = jnp.broadcast_to(made.count, rows_B.shape)
+    count_B = jnp.broadcast_to(made.number, rows_B.shape)
     token_B, logprob_B = choose(rules.sampling, thought.logits_BV, seen_BV, inputs.seed_B, count_B)
-    finished_B = made.finished_B | (inputs.length_B + made.count + 1 >= most)
+    finished_B = made.finished_B | (inputs.length_B + made.number + 1 >= most)
     for stop in rules.stop_tokens:
         finished_B |= token_B == stop
     made = made._replace(
-        count=made.count + 1,
+        number=made.number + 1,
         finished_B=finished_B,
-        tokens_BN=made.tokens_BN.at[:, made.count].set(token_B),
-        steps_BN=made.steps_BN.at[:, made.count].set(thought.steps_B),
-        logprobs_BN=made.logprobs_BN.at[:, made.count].set(logprob_B),
+        tokens_BN=made.tokens_BN.at[:, made.number].set(token_B),
+        steps_BN=made.steps_BN.at[:, made.number].set(thought.steps_B),
+        logprobs_BN=made.logprobs_BN.at[:, made.number].set(logprob_B),
     )
     seen_BV = seen_BV.at[rows_B, token_B].set(True, mode="drop")
     return _Carry(made, thought.cache, token_B, thought.state_B1D, seen_BV)

@@ -26,8 +26,8 @@ class Positions(NamedTuple):
 
     angles: jax.Array
     """Rotary angles, (S,J,2), or (B,S,J,2) if sequences differ."""
-    index_BS: jax.Array | None
-    """Positions from 0; needed with a cache. A token at a position past the end of the cache is not written to it."""
+    index_BS: jax.Array
+    """Positions from 0. A token at a position past the end of the cache is not written to it."""
 
 
 class RMSNorm(nnx.Module):
