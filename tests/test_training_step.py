@@ -13,6 +13,7 @@ from jax_huginn.model import initializers
 from jax_huginn.model.flops import forward_flops, peak_flops, training_flops
 from jax_huginn.model.huginn import abstract_model
 from jax_huginn.model.moe import Routing
+from jax_huginn.ops.cross_entropy import IGNORE
 from jax_huginn.reporting.record import gini, routing_metrics
 from jax_huginn.training.depth import sample_depths
 from jax_huginn.training.optimizer import decayed, make_optimizer, make_schedule
@@ -21,21 +22,29 @@ from jax_huginn.training.step import init_state, make_train_step
 FLOAT64 = {"dtype": "float64", "param_dtype": "float64", "core_layers": 1, "prelude_layers": 0, "coda_layers": 0}
 
 
-def rows_of(config):
+def rows_of(config, mask=False):
     shape = (config.train.batch_size, config.train.sequence_length + 1)
     rows = np.random.default_rng(0).integers(0, config.model.vocab_size, shape).astype(np.int32)
-    return rows[:, :-1], rows[:, 1:]
+    labels = rows[:, 1:].copy()
+    if mask:  # unequally over the micro-batches
+        labels[0, 3:] = IGNORE
+        labels[3, :9] = IGNORE
+    return rows[:, :-1], labels
 
 
-def test_a_step_is_the_mean_gradient_of_its_micro_batches_clipped_and_decayed(make_config):
+@pytest.mark.parametrize("mask", [False, True])
+def test_a_step_is_the_mean_gradient_of_its_learnt_tokens_clipped_and_decayed(make_config, mask):
     """Two micro-batches, each with its own depth and s_0, written out by hand in float64."""
     config = make_config(
         model=FLOAT64,
         train={"micro_batches": 2, "batch_size": 4, "seed": 5},
         optimizer={"warmup_steps": 0, "clip_norm": 0.3, "weight_decay": 0.2, "learning_rate": 0.01},
+        data={"source": "generated" if mask else "stdlib"},
     )
     state = init_state(config)
-    tokens, labels = rows_of(config)
+    tokens, labels = rows_of(config, mask)
+    counted_U = (labels != IGNORE).reshape(2, -1).sum(1)
+    assert (counted_U[0] < counted_U[1]) == mask
     n_U, k_U = sample_depths(config.recurrence, 5, 0, 2)
     new_state, metrics = jax.jit(make_train_step(config))(state, tokens, labels, n_U, k_U)
 
@@ -45,18 +54,20 @@ def test_a_step_is_the_mean_gradient_of_its_micro_batches_clipped_and_decayed(ma
         key = jax.random.fold_in(jax.random.key(5), index)
         s_0 = initializers.random_state(key, (2, 64, 32), jnp.dtype("float64"))
         part = slice(2 * index, 2 * index + 2)
-        loss, gradient = jax.value_and_grad(
-            lambda params, part=part, s_0=s_0, index=index: (
-                nnx.merge(graphdef, params).training_loss(tokens[part], labels[part], n_U[index], k_U[index], s_0).loss
-            )
-        )(state.params)
+
+        def objective(params, part=part, s_0=s_0, index=index):
+            output = nnx.merge(graphdef, params).training_loss(tokens[part], labels[part], n_U[index], k_U[index], s_0)
+            auxiliary = (output.loss - output.log_ppl) / 2
+            return auxiliary + output.log_ppl * counted_U[index] / counted_U.sum()
+
+        loss, gradient = jax.value_and_grad(objective)(state.params)
         gradients.append(gradient)
         losses.append(loss)
-    mean = jax.tree.map(lambda a, b: (a + b) / 2, *gradients)
+    mean = jax.tree.map(lambda a, b: a + b, *gradients)
     norm = optax.tree.norm(mean)
     assert norm > config.optimizer.clip_norm
     assert float(metrics.grad_norm) == pytest.approx(float(norm), rel=1e-10)
-    assert float(metrics.objective) == pytest.approx(float(sum(losses)) / 2, rel=1e-12)
+    assert float(metrics.objective) == pytest.approx(float(sum(losses)), rel=1e-12)
 
     def by_hand(path, p, g):
         g = g * 0.3 / norm

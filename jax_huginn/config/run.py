@@ -94,11 +94,13 @@ class OptimizerConfig:
 class DataConfig:
     """Where the tokens come from."""
 
-    source: Literal["stdlib", "text", "parquet", "hub"] = "parquet"
+    source: Literal["stdlib", "text", "parquet", "hub", "generated"] = "parquet"
     """stdlib: the sources of this Python's standard library. text: .txt, .jsonl and .py files. parquet: token rows.
-    hub: token rows of a Hugging Face dataset, fetched while training runs."""
+    hub: token rows of a Hugging Face dataset, fetched while training runs. generated: rows of `task`, made as they are
+    needed."""
     path: str = ""
-    """Folder (searched recursively) or file of the source; OWNER/NAME or OWNER/NAME/FOLDER of hub; unused by stdlib."""
+    """Folder (searched recursively) or file of the source; OWNER/NAME or OWNER/NAME/FOLDER of hub; unused by stdlib
+    and generated."""
     validation_path: str = ""
     """Folder or file of held-out data; for hub a folder of the repository. Empty: the hub repository's own validation
     split, or else every file whose name hashes to the validation share."""
@@ -110,6 +112,15 @@ class DataConfig:
     """Virtual streams that define the order of the data; stream i reads files i, i + streams, ..."""
     shuffle_window: int = 256
     """Rows within which each stream is shuffled; 1 keeps the files' order."""
+    task: Literal["shell_game"] = "shell_game"
+    """What generated rows hold. shell_game: lines such as 2CAFJB=4, a ball's cup, swaps of two of five cups, and the
+    ball's cup at the end, which alone is learnt; the difficulty is the number of swaps."""
+    difficulty: int = 12
+    """Hardest generated example of training; difficulties are uniform up to it."""
+    curriculum_rows: int = 0
+    """Rows over which the hardest generated example grows from difficulty 2 to `difficulty`; 0: no growth."""
+    test_difficulty: int = 32
+    """Hardest generated example of validation."""
     prefetch: int = 4
     """Batches prepared ahead of the device."""
     bad_rows: Literal["skip", "stop"] = "skip"
@@ -122,8 +133,19 @@ class DataConfig:
     cache_gb: float = 64.0
     """Largest size of each process's part of that folder, in GB of 10^9 bytes."""
 
+    @property
+    def masks_labels(self) -> bool:
+        """Whether rows choose which of their tokens are learnt, so that micro-batches differ in how many they have."""
+        return self.source == "generated"
+
     def __post_init__(self) -> None:
         require_positive("data", self, "streams", "shuffle_window", "prefetch", "cache_gb")
+        require_positive("data", self, "difficulty", "test_difficulty")
+        require(self.curriculum_rows >= 0, f"data.curriculum_rows={self.curriculum_rows} must not be negative")
+        require(
+            self.source != "generated" or not self.tokenizer,
+            f"data.tokenizer={self.tokenizer!r} cannot be used: data.source=generated has a tokenizer of its own",
+        )
         require(
             0 <= self.validation_fraction < 1,
             f"data.validation_fraction={self.validation_fraction} must lie in [0, 1)",

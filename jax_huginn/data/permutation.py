@@ -1,15 +1,18 @@
-"""Seeded orders that are the same on every machine and with every version of NumPy."""
+"""Seeded random numbers and orders that are the same on every machine and with every version of NumPy."""
 
 import numpy as np
 
-FILES, EPOCH, WINDOW = range(3)  # purposes of an order; each has its own random numbers
+FILES, EPOCH, WINDOW, EXAMPLE, HELD_OUT = range(5)  # purposes; each has its own random numbers
+
+
+def random_bits(count: int, seed: int, *purpose: int) -> np.ndarray:
+    """(count,) uint64.
+
+    NumPy promises never to change the sequence of raw bits, but makes no such promise for `Generator`'s methods.
+    """
+    return np.random.PCG64(np.random.SeedSequence([seed, *purpose])).random_raw(count)
 
 
 def permutation(count: int, seed: int, *purpose: int) -> list[int]:
-    """A seeded order of range(count).
-
-    Sorts raw bits: NumPy promises never to change their sequence, but makes no such promise for
-    `Generator.permutation`.
-    """
-    bits = np.random.PCG64(np.random.SeedSequence([seed, *purpose]))
-    return np.argsort(bits.random_raw(count), kind="stable").tolist()
+    """A seeded order of range(count)."""
+    return np.argsort(random_bits(count, seed, *purpose), kind="stable").tolist()

@@ -1,7 +1,7 @@
 """From a config to batches: the tokenizer, the endless training iterator and the fixed validation batches."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,13 +11,16 @@ import numpy as np
 
 from jax_huginn.config.schema import Config
 from jax_huginn.data.permutation import permutation
+from jax_huginn.data.rows import batch_of, batch_with_groups
 from jax_huginn.data.sources import corpus
 from jax_huginn.data.sources.bad_data import BadData
 from jax_huginn.data.sources.files import CorpusFile, DataError
 from jax_huginn.data.sources.parquet import parquet_pieces
 from jax_huginn.data.sources.text import PIECE_BYTES, text_pieces
+from jax_huginn.data.tasks import TASKS
 from jax_huginn.data.tokenizer import (
     Encoder,
+    character_tokenizer,
     is_byte_level,
     load_tokenizer,
     save_tokenizer,
@@ -34,7 +37,6 @@ if TYPE_CHECKING:
     from jax_huginn.data.reader import Pieces
     from jax_huginn.data.sources.hub import HubFiles
 
-IGNORE = -100  # label excluded from the loss
 TOKENIZER_BYTES = 32 * 2**20  # text that a tokenizer is trained on: about 4 s on two cores
 LOCATABLE = 3  # last batches whose rows can be traced to their files; records are seen a step late
 VALIDATION_SEED = 0  # not train.seed, so that runs with different seeds are measured on the same rows
@@ -44,7 +46,7 @@ VALIDATION_POOL = 4  # rows read for each one chosen
 class TrainBatches:
     """The endless training batches, prepared ahead by a thread: one process's share of their rows.
 
-    A batch is a dict of `tokens` and `labels`, both (B / processes, S) int32; labels are the next tokens.
+    A batch is a dict of `tokens` and `labels`, both (B / processes, S) int32; labels are the next tokens, or `IGNORE`.
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class TrainBatches:
         self._begins.append(self.position)
         batch = next(self._batches)
         state = self.position
-        _, _, rows, files = map(sum, zip(*state["skipped"], strict=True))
+        rows, files = (sum(each[index] for each in state["skipped"]) for index in (2, 3))
         self.skipped = {"data_rows_skipped": rows} if rows else {}
         self.skipped |= {"data_files_skipped": files} if files else {}
         if self._hub:
@@ -107,14 +109,15 @@ class TrainBatches:
 
 @dataclass(frozen=True)
 class Data:
-    """The data of a run. A batch is a dict of `tokens` and `labels`, both (B,S) int32; labels are the next tokens."""
+    """The data of a run. A batch is a dict of `tokens` and `labels`, both (B,S) int32, see `rows`."""
 
     tokenizer: "PreTrainedTokenizerFast | None"
     """None for token rows whose tokenizer was not named."""
     train: TrainBatches
     """Endless. Its state is that after the last batch returned; `close()` stops its threads."""
     validation: list[dict[str, np.ndarray]]
-    """Fixed batches of held-out rows, padded with label -100; empty only if nothing is held out."""
+    """Fixed batches of held-out rows, padded with label -100; empty only if nothing is held out. Those of a generated
+    task also have `groups`, (B,S) int32: the difficulty where there is a label."""
     token_bytes: np.ndarray | None
     """UTF-8 bytes of each token, (V,) int32; None without a byte-level tokenizer."""
 
@@ -147,6 +150,8 @@ def build_data(
             f"train.batch_size={config.train.batch_size} in train.micro_batches={config.train.micro_batches} is {size} "
             f"sequence(s) at once, which {processes} processes cannot share evenly"
         )
+    if config.data.source == "generated":
+        return _generated(config, tokenizer_dir, process, processes)
     hub = None
     if config.data.source == "hub":
         from jax_huginn.data.sources.hub import HubFiles
@@ -189,7 +194,7 @@ def build_data(
     if hub:
         hub.own(rows.stream_files())
     batches = rows.batch(
-        config.train.batch_size // processes, drop_remainder=True, batch_fn=partial(_batch, length=length)
+        config.train.batch_size // processes, drop_remainder=True, batch_fn=partial(batch_of, length=length)
     )
     bad_held_out = BadData(config.data.bad_rows, report)
     validation = _validation(config, held_out, pieces(bad_held_out, held_out=True), take, stride, bad_held_out)
@@ -200,6 +205,43 @@ def build_data(
         train=TrainBatches(iter(train), hub, partial(rows.locate, pieces(uncounted, held_out=False))),
         validation=validation,
         token_bytes=token_bytes(tokenizer, config.model.vocab_size) if tokenizer and is_byte_level(tokenizer) else None,
+    )
+
+
+def _generated(config: Config, tokenizer_dir: Path, process: int, processes: int) -> Data:
+    """The data of a task whose rows are made as they are needed."""
+    import grain
+
+    from jax_huginn.data.generated import GeneratedRows, held_out_rows
+
+    data, length = config.data, config.train.sequence_length
+    needed = TASKS[data.task].longest(max(data.difficulty, data.test_difficulty))
+    if length < needed:
+        raise DataError(
+            f"train.sequence_length={length} is too short for data.task={data.task}: an example of difficulty "
+            f"{max(data.difficulty, data.test_difficulty)} has {needed} tokens"
+        )
+    tokenizer = _tokenizer(config, [], tokenizer_dir)
+    rows = GeneratedRows(
+        data.task,
+        length=length,
+        difficulty=data.difficulty,
+        curriculum_rows=data.curriculum_rows,
+        seed=config.train.seed,
+        process=process,
+        processes=processes,
+    )
+    batches = rows.batch(
+        config.train.batch_size // processes, drop_remainder=True, batch_fn=partial(batch_of, length=length)
+    )
+    train = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=data.prefetch)
+    size, wanted = _validation_sizes(config)
+    held_out = held_out_rows(data.task, count=wanted, length=length, hardest=data.test_difficulty, seed=VALIDATION_SEED)
+    return Data(
+        tokenizer=tokenizer,
+        train=TrainBatches(iter(train), locate=rows.locate),
+        validation=[batch_with_groups(held_out[begin : begin + size], length) for begin in range(0, wanted, size)],
+        token_bytes=None,
     )
 
 
@@ -219,6 +261,9 @@ def _tokenizer(config: Config, training: list[CorpusFile], folder: Path) -> "Pre
         tokenizer = load_tokenizer(name)
     elif config.data.source in ("parquet", "hub"):
         return None
+    elif config.data.source == "generated":
+        task = TASKS[config.data.task]
+        name, tokenizer = f"of data.task={config.data.task}", character_tokenizer(task.alphabet, task.separator)
     elif (folder / "tokenizer.json").exists():
         name, tokenizer = str(folder), load_tokenizer(str(folder))
     else:
@@ -245,13 +290,10 @@ def _sample(files: list[CorpusFile]) -> Iterator[str]:
                 return
 
 
-def _batch(rows: Sequence[np.ndarray], length: int) -> dict[str, np.ndarray]:
-    """Make a batch from rows of 2 to S + 1 tokens; shorter rows are padded, with labels ignored."""
-    tokens = np.zeros((len(rows), length), np.int32)
-    labels = np.full((len(rows), length), IGNORE, np.int32)
-    for index, row in enumerate(rows):
-        tokens[index, : len(row) - 1], labels[index, : len(row) - 1] = row[:-1], row[1:]
-    return {"tokens": tokens, "labels": labels}
+def _validation_sizes(config: Config) -> tuple[int, int]:
+    """Rows of a validation batch, which fit into the device's memory at once, and rows in all."""
+    size = config.train.batch_size // config.train.micro_batches
+    return size, max(config.validation.sequences // size, 1) * size
 
 
 def _validation(
@@ -262,8 +304,7 @@ def _validation(
 
     if not files:
         return []
-    size = config.train.batch_size // config.train.micro_batches  # fits into the device's memory at once
-    wanted = max(config.validation.sequences // size, 1) * size
+    size, wanted = _validation_sizes(config)
     reader = RowReader(files, pieces, take, stride, VALIDATION_SEED, 0, bad)
     pool = [row for _, row in zip(range(VALIDATION_POOL * wanted), reader.epoch_rows(), strict=False)]
     if not pool:
@@ -271,4 +312,4 @@ def _validation(
     chosen = sorted(permutation(len(pool), VALIDATION_SEED)[: max(min(wanted, len(pool) // size * size), size)])
     rows = [pool[index] for index in chosen]
     rows += [np.zeros(1, np.int32)] * (-len(rows) % size)  # a row without a label
-    return [_batch(rows[begin : begin + size], config.train.sequence_length) for begin in range(0, len(rows), size)]
+    return [batch_of(rows[begin : begin + size], config.train.sequence_length) for begin in range(0, len(rows), size)]

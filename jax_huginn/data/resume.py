@@ -30,6 +30,19 @@ def whole_position(parts: Sequence[Position]) -> Position:
     return whole
 
 
+def require_same_order(then: dict[str, Any], now: dict[str, Any]) -> None:
+    """
+    Raises:
+        DataError: a position with the order `then` means other rows under the order `now`.
+    """
+    for name in sorted(then.keys() | now.keys()):
+        if then.get(name) != now.get(name):
+            raise DataError(
+                f"the checkpoint's data order has {name}={then.get(name)}, this run {name}={now.get(name)}: restore "
+                "the old value, or start a new run with --checkpoint.init_from"
+            )
+
+
 def local_part(position: Position, process: int, processes: int) -> Position:
     """The part of process `process` of `processes` in a whole position; its own part is returned unchanged."""
     if "process" in position:

@@ -22,7 +22,7 @@ import numpy as np
 
 from jax_huginn.data.permutation import EPOCH, FILES, WINDOW, permutation
 from jax_huginn.data.reader import Pieces, Place, RowReader, Watcher
-from jax_huginn.data.resume import local_part
+from jax_huginn.data.resume import local_part, require_same_order
 from jax_huginn.data.sources.bad_data import BadData
 from jax_huginn.data.sources.files import CorpusFile, DataError
 
@@ -223,13 +223,7 @@ class RowIterator(grain.DatasetIterator):
         Raises:
             DataError: the state belongs to another order.
         """
-        for name in sorted(state["order"].keys() | self._order.keys()):
-            then, now = state["order"].get(name), self._order.get(name)
-            if then != now:
-                raise DataError(
-                    f"the checkpoint's data order has {name}={then}, this run {name}={now}: restore the old value, or "
-                    "start a new run with --checkpoint.init_from"
-                )
+        require_same_order(state["order"], self._order)
         part = local_part(state, self._process, self._processes)
         self._count, self._announced = part["rows"] // self._processes, False
         for stream, position, skipped in zip(self._streams, part["streams"], part["skipped"], strict=True):

@@ -1,4 +1,4 @@
-"""Tokenizers: training a byte-level BPE, loading any Hugging Face tokenizer, encoding documents."""
+"""Tokenizers: training a byte-level BPE, single characters, loading any Hugging Face tokenizer, encoding documents."""
 
 import hashlib
 import json
@@ -47,6 +47,26 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
     backend.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token=BOS, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False
+    )
+
+
+def character_tokenizer(alphabet: str, separator: str) -> "PreTrainedTokenizerFast":
+    """A tokenizer with one token for each character, whose id is its index; `separator` is BOS, EOS and PAD.
+
+    Encoding a character outside the alphabet fails, rather than leave it out.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({character: index for index, character in enumerate(alphabet)}))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=separator,
+        eos_token=separator,
+        pad_token=separator,
+        clean_up_tokenization_spaces=False,
     )
 
 

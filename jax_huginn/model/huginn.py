@@ -26,7 +26,7 @@ from jax_huginn.model.parameters import cast_params
 from jax_huginn.model.recurrence import Depth, Plan, iterate
 from jax_huginn.model.sharding import gathered
 from jax_huginn.model.statistics import recurrence_statistics
-from jax_huginn.ops.cross_entropy import IGNORE, cross_entropy
+from jax_huginn.ops.cross_entropy import IGNORE, cross_entropy, most_likely
 from jax_huginn.ops.norm import at_least_float32
 from jax_huginn.ops.rope import rope_table
 from jax_huginn.parallel.mesh import batch_sum
@@ -249,6 +249,10 @@ class MoEHuginnModel(nnx.Module):
     def head(self, y_BSD: jax.Array) -> jax.Array:
         """Logits (B,S,V) in at least float32."""
         return (y_BSD @ self._whole("wte").T).astype(at_least_float32(y_BSD.dtype))
+
+    def most_likely(self, y_BSD: jax.Array) -> jax.Array:
+        """The most likely next tokens, (B,S) int32, without materialising the logits."""
+        return most_likely(y_BSD, self._whole("wte"), self.config.compute.loss_chunk)
 
     def loss(self, y_BSD: jax.Array, labels_BS: jax.Array, routing: Routing | None) -> tuple[jax.Array, jax.Array]:
         """The loss with its auxiliaries, and log_ppl, over all devices, without materialising the logits."""

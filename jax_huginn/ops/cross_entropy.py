@@ -27,6 +27,14 @@ def cross_entropy_oracle(y_BSD: jax.Array, head_VD: jax.Array, labels_BS: jax.Ar
     return token_losses(y_BSD @ head_VD.T, labels_BS).sum() / _count(labels_BS, y_BSD.dtype)
 
 
+def most_likely(y_BSD: jax.Array, head_VD: jax.Array, chunk: int) -> jax.Array:
+    """The most likely next tokens, (B,S) int32, holding the logits of about `chunk` tokens at a time."""
+    batch, length, _ = y_BSD.shape
+    y, _ = _chunks(y_BSD, jnp.zeros((batch, length), jnp.int32), chunk)
+    best = lax.map(lambda y_BsD: jnp.argmax(y_BsD @ head_VD.T, axis=-1), y)
+    return jnp.moveaxis(best, 0, 1).reshape(batch, -1)[:, :length].astype(jnp.int32)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def cross_entropy(y_BSD: jax.Array, head_VD: jax.Array, labels_BS: jax.Array, chunk: int) -> jax.Array:
     """Mean loss over the labels that count, holding the logits of about `chunk` tokens at a time.

@@ -1,6 +1,7 @@
 """What a person sees while training runs."""
 
 import os
+import re
 import shlex
 import sys
 from datetime import timedelta
@@ -8,6 +9,9 @@ from pathlib import Path
 
 from jax_huginn.config.schema import Config
 from jax_huginn.reporting.record import Record
+
+COLUMNS = 13  # groups of a table of accuracy
+GROUPS_SHOWN = {1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 28, 32}  # where there are more
 
 
 class Console:
@@ -71,14 +75,28 @@ class Console:
 
 
 def describe(losses: Record) -> str:
-    """'r=1 3.2100 nats (1.5400 bits/byte), r=4 ...' of a validation's record."""
+    """'r=1 3.2100 nats (1.5400 bits/byte), r=4 ...' of a validation's record; with groups also a table of accuracy."""
     parts = []
     for name, nats in losses.items():
         if name.startswith("val_loss_r"):
             depth = name.removeprefix("val_loss_r")
             bits = losses.get(f"val_bpb_r{depth}")
             parts.append(f"r={depth} {nats:.4f} nats" + (f" ({bits:.4f} bits/byte)" if bits else ""))
-    return ", ".join(parts)
+    return "\n".join([", ".join(parts), *accuracy_table(losses)])
+
+
+def accuracy_table(record: Record) -> list[str]:
+    """Lines of accuracy by depth (rows) and group (columns, some of them where there are many); none without groups."""
+    if "val_groups" not in record:
+        return []
+    groups = record["val_groups"]
+    shown = [index for index, group in enumerate(groups) if len(groups) <= COLUMNS or group in GROUPS_SHOWN]
+    lines = ["accuracy by recurrences r and group", "   r " + "".join(f"{groups[i]:6d}" for i in shown) + "   all"]
+    for name, accuracy in record.items():
+        if match := re.fullmatch(r"val_accuracy_r(\d+)_by_group", name):
+            cells = "".join(f"{accuracy[i]:6.2f}" for i in shown)
+            lines.append(f"{match[1]:>4} {cells}{record[f'val_accuracy_r{match[1]}']:6.2f}")
+    return lines
 
 
 def next_commands(run_dir: Path, config: Config) -> list[str]:

@@ -77,6 +77,11 @@ METRICS = (
     Metric("val_loss_r{r}", "val", "nats/token", "validated steps", "held-out loss at r recurrences"),
     Metric("val_bpb_r{r}", "val", "bits/byte", "validated steps",
            "the same per byte of text, which compares models of different tokenizers; needs a byte-level tokenizer"),
+    Metric("val_accuracy_r{r}", "val", "", "validated steps",
+           "share of the held-out labels that are the most likely token at r recurrences; where rows have groups"),
+    Metric("val_accuracy_r{r}_by_group", "val", "", "validated steps", "the same for each of `val_groups`"),
+    Metric("val_groups", "val", "", "validated steps", "the groups, which in a generated task are its difficulties"),
+    Metric("val_group_labels", "val", "labels", "validated steps", "held-out labels of each group"),
     Metric("tokens_per_second", "speed", "tokens/s", "logged steps", "since the last logged step, without pauses"),
     Metric("tflops_per_second", "speed", "TFLOP/s", "logged steps", "model operations, without recomputation"),
     Metric("mfu", "speed", "", "logged steps", "share of the devices' bf16 peak; only on devices whose peak is known"),
@@ -194,4 +199,19 @@ def validation_record(losses: dict[int, tuple[float, float | None]]) -> Record:
         record[f"val_loss_r{depth}"] = nats
         if bits is not None:
             record[f"val_bpb_r{depth}"] = bits
+    return record
+
+
+def accuracy_record(hits: dict[int, np.ndarray], labels: np.ndarray) -> Record:
+    """Accuracy as metrics, as a whole and by group.
+
+    Args:
+        hits: depth -> number of right answers of every group.
+        labels: number of labels of every group; groups without any are left out.
+    """
+    groups = np.flatnonzero(labels)
+    record: Record = {"val_groups": groups.tolist(), "val_group_labels": labels[groups].tolist()}
+    for depth, right in hits.items():
+        record[f"val_accuracy_r{depth}"] = float(right.sum() / max(labels.sum(), 1))
+        record[f"val_accuracy_r{depth}_by_group"] = (right[groups] / labels[groups]).tolist()
     return record

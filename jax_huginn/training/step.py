@@ -21,6 +21,8 @@ from jax_huginn.model.huginn import MoEHuginnModel, TrainingLoss, abstract_model
 from jax_huginn.model.moe import Routing
 from jax_huginn.model.parameters import cast_params
 from jax_huginn.model.sharding import shardings, specs, summed_gradients
+from jax_huginn.ops.cross_entropy import IGNORE
+from jax_huginn.ops.norm import at_least_float32
 from jax_huginn.parallel.mesh import (
     AXES,
     REPLICATED,
@@ -50,7 +52,7 @@ class TrainState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepMetrics:
-    """Metrics of one step, averaged over its micro-batches."""
+    """Metrics of one step, averaged over its micro-batches; the loss over the tokens that are learnt."""
 
     loss: jax.Array
     """log_ppl, nats per token."""
@@ -95,12 +97,14 @@ def make_state(config: Config, mesh: Mesh) -> TrainState:
 
 
 def make_gradient(config: Config) -> Callable[..., tuple[Any, TrainingLoss, jax.Array]]:
-    """`gradient(params, tokens_UBS, labels_UBS, n_U, k_U, index_U) -> gradients, outputs, finite_U` of one device.
+    """`gradient(params, tokens_UBS, labels_UBS, n_U, k_U, index_U, weight_U) -> gradients, outputs, finite_U` of one
+    device.
 
     The parameters are this device's shards in `model.dtype`. The gradients are its shards in `model.param_dtype`,
     summed over micro-batches and devices. The outputs are stacked over micro-batches and equal on all devices.
     `finite_U` says which micro-batches have a finite loss and, if there are several, a finite gradient. Every
-    micro-batch has its own s_0, drawn from (seed, index, row) for this device's rows.
+    micro-batch has its own s_0, drawn from (seed, index, row) for this device's rows. Each micro-batch's log_ppl is
+    multiplied by its `weight_U`, unless that is None.
 
     One compilation serves every depth. Unless `compute.remat` is full, the program contains two gradient paths: an
     unrolled one for the usual k, whose residuals need no stacked buffers, and a loop for the rarer smaller k
@@ -111,27 +115,33 @@ def make_gradient(config: Config) -> Callable[..., tuple[Any, TrainingLoss, jax.
     state_key = jax.random.key(config.train.seed)
     usual_k = config.recurrence.gradient_steps
 
-    def loss(params: Any, tokens_BS, labels_BS, n, k, index) -> tuple[jax.Array, TrainingLoss]:
+    def loss(params: Any, tokens_BS, labels_BS, n, k, index, weight) -> tuple[jax.Array, TrainingLoss]:
         shape = (*tokens_BS.shape, config.model.width)
         key = jax.random.fold_in(state_key, index)
         first_row = device_index() * tokens_BS.shape[0]
         initial_state = initializers.random_state(key, shape, jnp.dtype(config.model.dtype), first_row)
         output = nnx.merge(graphdef, params).training_loss(tokens_BS, labels_BS, n, k, initial_state)
+        if weight is not None:
+            log_ppl = weight * output.log_ppl
+            output = dataclasses.replace(output, log_ppl=log_ppl, loss=output.loss - output.log_ppl + log_ppl)
         # Every device differentiates the loss of the whole batch; the gradients are summed, so each takes a share.
         return output.loss / device_count(), output
 
     differentiate = jax.grad(loss, has_aux=True)  # a loop for a traced k, straight-line code for a static one
 
-    def straight(params, tokens_BS, labels_BS, n, k, index):
-        return differentiate(params, tokens_BS, labels_BS, n, usual_k, index)
+    def straight(params, tokens_BS, labels_BS, n, k, index, weight):
+        return differentiate(params, tokens_BS, labels_BS, n, usual_k, index, weight)
 
     def gradient(*inputs):
         if config.compute.remat == "full":
             return differentiate(*inputs)
-        *_, k, _ = inputs
+        *_, k, _, _ = inputs
         return lax.cond(k == usual_k, straight, differentiate, *inputs)
 
-    def run(params: Any, *inputs_U) -> tuple[Any, TrainingLoss, jax.Array]:
+    def run(
+        params: Any, tokens_UBS, labels_UBS, n_U, k_U, index_U, weight_U=None
+    ) -> tuple[Any, TrainingLoss, jax.Array]:
+        inputs_U = tokens_UBS, labels_UBS, n_U, k_U, index_U, weight_U
         if micro_batches == 1:  # no accumulator in memory; the step itself checks the norm
             gradients, output = gradient(params, *jax.tree.map(lambda x: x[0], inputs_U))
             outputs = jax.tree.map(lambda x: x[None], output)
@@ -156,7 +166,8 @@ def make_train_step(config: Config, mesh: Mesh | None = None) -> Callable[..., t
     """`step(state, tokens_BS, labels_BS, n_U, k_U) -> state, metrics`; to be jitted with the state donated.
 
     The batch is that of the whole step. It is cut in order into `train.micro_batches` parts, each with its own depth
-    (`sample_depths`), whose losses are averaged. Gradients are taken with respect to the weights in `model.dtype`.
+    (`sample_depths`). The loss is the mean over all labels of the step that count: where rows mask labels, every
+    micro-batch has its share of them as weight. Gradients are taken with respect to the weights in `model.dtype`.
     Without a mesh the step runs on one device.
 
     If a loss or gradient is not finite the update is skipped: weights and optimiser state, the schedule's count
@@ -173,12 +184,16 @@ def make_train_step(config: Config, mesh: Mesh | None = None) -> Callable[..., t
         gradient = per_device(
             make_gradient(config),
             mesh,
-            in_specs=(split, in_order, in_order, REPLICATED, REPLICATED, REPLICATED),
+            in_specs=(split, in_order, in_order, *[REPLICATED] * 4),
             out_specs=(split, REPLICATED, REPLICATED),
         )
         index_U = state.step * micro_batches + jnp.arange(micro_batches, dtype=jnp.int32)
-        parts = (x.reshape(micro_batches, -1, *x.shape[1:]) for x in (tokens_BS, labels_BS))
-        grads, outputs, finite_U = gradient(params, *parts, n_U, k_U, index_U)
+        tokens_UBS, labels_UBS = (x.reshape(micro_batches, -1, *x.shape[1:]) for x in (tokens_BS, labels_BS))
+        weight_U = None
+        if config.data.masks_labels and micro_batches > 1:
+            counted_U = jnp.sum(labels_UBS != IGNORE, axis=(1, 2)).astype(at_least_float32(config.model.dtype))
+            weight_U = counted_U * (micro_batches / jnp.maximum(counted_U.sum(), 1))
+        grads, outputs, finite_U = gradient(params, tokens_UBS, labels_UBS, n_U, k_U, index_U, weight_U)
         grads = jax.tree.map(lambda g: g / micro_batches, grads)
         grad_norm = optax.tree.norm(grads)
         good = finite_U.all() & jnp.isfinite(grad_norm)

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from jax_huginn.checkpoints.save import Checkpoints
 from jax_huginn.checkpoints.sources import load_checkpoint
 from jax_huginn.config.schema import CheckpointConfig
-from jax_huginn.data.pipeline import IGNORE
+from jax_huginn.data.rows import IGNORE
 from jax_huginn.model.sharding import shardings, specs
 from jax_huginn.parallel.mesh import AXES, REPLICATED, per_device
 from jax_huginn.training.depth import sample_depths
@@ -79,25 +79,30 @@ def test_five_steps_on_a_mesh_are_those_of_one_device(sizes, dtype, tolerance):
     require_equal(trained_on(ONE, dtype), trained_on(sizes, dtype), tolerance)
 
 
-def test_five_steps_with_routed_core_blocks():
+def test_five_steps_with_routed_core_blocks_and_masked_labels():
     """Placement "core" routes anew in every recurrence, inside of the loop and of the depth's cond."""
     sections = {
         "moe": {"experts": 4, "placement": "core"},
         "model": {"prelude_layers": 0},
         "compute": {"remat": "full"},
+        "data": {"source": "generated"},
     }
     one, many = (trained(mesh_config(sizes, **sections)) for sizes in (ONE, (1, 2, 4)))
     require_equal(one, many, 1e-10)
 
 
-def test_held_out_loss_is_that_of_one_device():
+def test_held_out_loss_and_accuracy_are_those_of_one_device():
     losses = []
     for sizes in (ONE, (2, 2, 2)):
         run = trained_on(sizes, "float64")
         batch = rows(run.config)[0][:8]
         batches = [{"tokens": batch[:, :-1], "labels": np.where(batch[:, 1:] < 30, IGNORE, batch[:, 1:])}]
+        batches[0]["groups"] = (batches[0]["labels"] % 3 + 1) * (batches[0]["labels"] != IGNORE)
         losses.append(make_validation(run.config, batches, None, run.mesh)(run.state.params))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+    assert losses[0].keys() == losses[1].keys()
+    for name in losses[0]:
+        assert losses[0][name] == pytest.approx(losses[1][name], rel=1e-12)
+    assert 0 < losses[0]["val_accuracy_r4"] < 0.5
 
 
 # ---- What a device holds --------------------------------------------------------------------------------------------
