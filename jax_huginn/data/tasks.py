@@ -24,6 +24,10 @@ class Task(Protocol):
         """Tokens of an example of this difficulty, with its separator."""
         ...
 
+    def example(self, bits: Iterator[int], difficulty: int) -> list[int]:
+        """The tokens of an example, from the separator to the answer, which is the last one."""
+        ...
+
     def row(self, bits: Iterator[int], length: int, hardest: int) -> Row:
         """A row of `length` tokens, packed with whole examples whose difficulties are uniform in 1..`hardest`.
 
@@ -48,9 +52,16 @@ class ShellGame:
     def longest(self, difficulty: int) -> int:
         return difficulty + 4
 
+    def example(self, bits: Iterator[int], difficulty: int) -> list[int]:
+        first = cup = next(bits) % self.cups
+        moves = [next(bits) % len(self.swaps) for _ in range(difficulty)]
+        for one, other in (self.swaps[move] for move in moves):
+            cup = other if cup == one else one if cup == other else cup
+        separator, equals = (self.alphabet.index(each) for each in (self.separator, "="))
+        return [separator, first, *(self.cups + move for move in moves), equals, cup]
+
     def row(self, bits: Iterator[int], length: int, hardest: int) -> Row:
-        equals, separator = self.alphabet.index("="), self.alphabet.index(self.separator)
-        tokens = np.full(length, separator, np.int32)
+        tokens = np.full(length, self.alphabet.index(self.separator), np.int32)
         labels = np.full(length, IGNORE, np.int32)
         groups = np.zeros(length, np.int32)
         begin = 0
@@ -59,12 +70,8 @@ class ShellGame:
             end = begin + self.longest(count)
             if end > length:
                 return Row(tokens, labels, groups)
-            first = cup = next(bits) % self.cups
-            moves = [next(bits) % len(self.swaps) for _ in range(count)]
-            for one, other in (self.swaps[move] for move in moves):
-                cup = other if cup == one else one if cup == other else cup
-            tokens[begin:end] = [separator, first, *(self.cups + move for move in moves), equals, cup]
-            labels[end - 2], groups[end - 2] = cup, count
+            tokens[begin:end] = self.example(bits, count)
+            labels[end - 2], groups[end - 2] = tokens[end - 1], count
             begin = end
 
 

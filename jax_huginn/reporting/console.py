@@ -102,7 +102,7 @@ def accuracy_table(record: Record) -> list[str]:
 def next_commands(run_dir: Path, config: Config) -> list[str]:
     """What a newcomer does with a finished run; ready to paste."""
     commands = [["python", "-m", "jax_huginn.export", f"{run_dir}", "--out", f"{run_dir}/model.pth"]]
-    if (run_dir / "tokenizer").is_dir():
+    if (run_dir / "tokenizer").is_dir() and config.data.source != "generated":
         commands.append([
             "python", "torch_reference/quick_checkpoint_eval.py", "--checkpoint_name", f"{run_dir}/model.pth",
             "--tokenizer_path", f"{run_dir}/tokenizer", "--tasks", "stdlib_continuation,stdlib_perplexity",
