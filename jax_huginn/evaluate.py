@@ -29,7 +29,8 @@ def open_model(options: argparse.Namespace) -> Opened:
     """The model and its tokenizer; raises UserError when they cannot be read."""
     import jax
 
-    from jax_huginn.checkpoints.sources import files_of_weights, load_for_inference, open_source
+    from jax_huginn.checkpoints.digest import files_of_weights
+    from jax_huginn.checkpoints.sources import load_for_inference, open_source
     from jax_huginn.inference.evaluation import JaxLanguageModel
 
     source = open_source(options.source)

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "jax_huginn/interop": {"config", "files", "ops", "model", "interop"},
     "jax_huginn/checkpoints": {"config", "files", "parallel", "model", "interop", "data", "checkpoints"},
     "jax_huginn/inference": {"config", "ops", "parallel", "model", "inference"},
+    "jax_huginn/visualization": {"config", "files", "reporting", "checkpoints", "visualization"},
     "jax_huginn/training": {
         "config",
         "files",
@@ -71,6 +72,7 @@ def test_imports_run_one_way(package):
         ("jax_huginn", {"torch", "torch_reference"}, {"pth.py"}),
         ("jax_huginn/data", {"jax", "flax"}, set()),
         ("jax_huginn/checkpoints", {"optax"}, set()),
+        ("jax_huginn/visualization", {"jax", "flax"}, set()),
         ("torch_reference", {"jax", "flax", "jax_huginn"}, set()),
         ("eval_tasks", {"jax", "torch"}, set()),
     ],

@@ -6,7 +6,7 @@ Every command that takes a model finds it here, so that all accept the same and 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from jax_huginn.checkpoints.digest import files_of_weights
 from jax_huginn.checkpoints.load import config_of, find_step, restore_params
 from jax_huginn.checkpoints.step_folders import CHECKPOINTS, CHECKSUMS
 from jax_huginn.config.schema import Config
@@ -118,17 +119,6 @@ def _is_run(path: Path) -> bool:
     """Whether a folder is a run, its folder of checkpoints, or a step."""
     step = (path / "params").is_dir() or (path / CHECKSUMS).is_file()
     return step or (path / CHECKPOINTS).is_dir() or path.name == CHECKPOINTS
-
-
-def files_of_weights(path: Path) -> Iterator[Path]:
-    """The files of a source by whose content its weights are known."""
-    if path.is_file():
-        yield path
-    elif (path / CHECKSUMS).is_file():  # the digests of all its files
-        yield path / CHECKSUMS
-    else:
-        yield from path.glob("*.safetensors")
-        yield path / "config.json"
 
 
 def _on_one_device(tree: Any) -> Any:
