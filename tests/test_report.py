@@ -1,5 +1,6 @@
 """The report: one page of a run's records and scores, made without JAX, that nothing in its input can break."""
 
+import base64
 import hashlib
 import json
 import re
@@ -33,7 +34,8 @@ def make_run(folder: Path, steps: int = 40, **fields: Any) -> Path:
             record = {"step": step, "loss": 9.0 if step == 33 else 5 / step, "grad_norm": 1.0, "n": step % 7, "k": 3.0}
             if step % 10 == 0:
                 record |= {"expert_counts": [step, 2, 3, 4], "rel_residual": 0.1, "val_loss_r1": 5.0, "val_loss_r4": 4}
-                record |= {"tokens_per_second": 100.0, "skipped_updates": 0}
+                record |= {"tokens_per_second": 100.0, "skipped_updates": 0, "val_accuracy_r4_by_group": [0.5, 0.1]}
+                record |= {"val_groups": [2, 5], "val_group_labels": [100, 25], "val_accuracy_r4": 0.42}
             file.write(json.dumps(record) + "\n")
     return folder
 
@@ -62,6 +64,11 @@ def figures_of(page: Path) -> dict[str, Any]:
     return json.loads(found[1])
 
 
+def numbers(array: Any) -> list[float]:
+    """plotly writes arrays as base64."""
+    return np.frombuffer(base64.b64decode(array["bdata"]), array["dtype"]).tolist()
+
+
 def test_one_command_makes_a_page_without_jax(tmp_path):
     """Broken lines are counted and named, on the page and on the console; nothing is loaded from elsewhere."""
     run = make_run(tmp_path / "moe")
@@ -81,6 +88,9 @@ def test_one_command_makes_a_page_without_jax(tmp_path):
     figures = figures_of(run / "report.html")
     assert {"loss", "learning_rate"} & set(figures) == {"loss"}  # a metric that is not there has no chart
     assert {"val_loss_by_depth", "sampled_depths", "expert_load", "score_acc", "score_acc_executed"} <= set(figures)
+    accuracy = figures["accuracy_by_group"]["data"][0]
+    assert numbers(accuracy["x"]) == [2, 5]
+    assert numbers(accuracy["error_y"]["array"]) == pytest.approx([0.05, 0.06])
     load = figures["expert_load"]["data"][0]
     assert len(load["customdata"]) == 4
     assert "1.290 x an equal share<br>32.26 %" not in str(load["customdata"][0][0])  # 10 of 19

@@ -54,11 +54,14 @@ def _cards(run: Run) -> Iterator[tuple[str, str, bool]]:
         losses = run.numbers("loss")[-max(1, min(100, run.steps("loss").size // 20)) :]
         label = "training loss" + (f", mean of the last {losses.size}" if losses.size > 1 else "")
         yield f"{losses.mean():.4f}", label, not np.isfinite(losses).all()
-    for pattern, unit in (("val_loss_r", "nats/token"), ("val_bpb_r", "bits/byte")):
+    for pattern, unit in (("val_loss_r{r}", "nats/token"), ("val_bpb_r{r}", "bits/byte")):
         found = [(run.numbers(name)[-1], depth) for depth, name in run.family(pattern)]
         if found:
             best, depth = min(found)
             yield f"{best:.4f}", f"held-out {unit} at r = {depth}", False
+    if found := [(run.numbers(name)[-1], depth) for depth, name in run.family("val_accuracy_r{r}")]:
+        best, depth = max(found)
+        yield f"{100 * best:.1f} %", f"held-out accuracy at r = {depth}", False
     if "tokens_per_second" in run:
         yield _short(float(np.median(run.numbers("tokens_per_second")))), "tokens/s, median", False
     if "mfu" in run:

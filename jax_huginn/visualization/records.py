@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,10 @@ class Run:
         """Float values of a metric, NaN and infinity included."""
         return np.array([float(value) for value in self.columns[name][1]])
 
-    def family(self, pattern: str) -> list[tuple[int, str]]:
-        """(number, name) of the metrics `val_loss_r{r}` for the pattern `val_loss_r`, by number."""
-        found = [name for name in self.columns if name.startswith(pattern) and name[len(pattern) :].isdigit()]
-        return sorted((int(name[len(pattern) :]), name) for name in found)
+    def family(self, metric: str) -> list[tuple[int, str]]:
+        """(depth, name) of the run's metrics of the name `val_loss_r{r}`, by depth."""
+        pattern = re.compile(metric.replace("{r}", r"(\d+)"), re.ASCII)
+        return sorted((int(found[1]), name) for name in self.columns if (found := pattern.fullmatch(name)))
 
     @property
     def last_step(self) -> int:

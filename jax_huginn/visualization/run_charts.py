@@ -28,7 +28,7 @@ SMOOTHED = 100  # points from which a noisy curve is drawn pale, with its runnin
 
 @dataclass(frozen=True)
 class Panel:
-    """A chart of metrics over the steps. A name that ends in `{r}` stands for one curve per depth."""
+    """A chart of metrics over the steps. `{r}` in a name stands for one curve per depth."""
 
     title: str
     metrics: tuple[str, ...]
@@ -49,6 +49,7 @@ TRAINING = (
 DEPTH = (
     Panel("Held-out loss", ("val_loss_r{r}",), noisy=False),
     Panel("Held-out bits per byte", ("val_bpb_r{r}",), noisy=False),
+    Panel("Held-out accuracy", ("val_accuracy_r{r}",), noisy=False),
 )
 STATES = (
     Panel("Norm of the state", ("recurrent_state_norm",)),
@@ -79,6 +80,9 @@ PANELS = (*TRAINING, *DEPTH, *STATES, *EXPERTS, *SPEED)
 DRAWN_OTHERWISE = {
     "step": "the axis",
     "tokens": "the head of the page",
+    "val_accuracy_r{r}_by_group": "the chart by group",
+    "val_groups": "the chart by group",
+    "val_group_labels": "the error bars of that chart",
     "n": "the histogram of depths",
     "k": "the histogram of depths",
     "non_finite": "the head of the page",
@@ -97,8 +101,8 @@ def sections(runs: Sequence[Run]) -> list[Section]:
         Section("Training", list(_panels(TRAINING, runs))),
         Section(
             "Depth",
-            [*_panels(DEPTH, runs), *_loss_by_depth(runs), *_depths(runs)],
-            "The loss on held-out text, at several numbers of recurrences.",
+            [*_panels(DEPTH, runs), *_loss_by_depth(runs), *_accuracy_by_group(runs), *_depths(runs)],
+            "Held-out data at several numbers of recurrences.",
         ),
         Section("States", [*_convergence(runs), *_panels(STATES, runs)], "Whether the recurrence converges."),
         Section("Experts", [*_loads(runs), *_panels(EXPERTS, runs)], "What the router does with the tokens."),
@@ -108,11 +112,11 @@ def sections(runs: Sequence[Run]) -> list[Section]:
 
 
 def missing(runs: Sequence[Run]) -> list[str]:
-    """Metrics that no record of the runs has, with what the table of metrics says about when they are there."""
+    """Metrics of speed that no record of the runs has, with their meanings, which say when they are there."""
     return [
         f"{each.name} ({each.meaning})"
         for each in METRICS
-        if each.when != "where it applies" and not any(each.matches(name) for run in runs for name in run.columns)
+        if each.group == "speed" and not any(each.matches(name) for run in runs for name in run.columns)
     ]
 
 
@@ -158,8 +162,8 @@ def _curves(panel: Panel, run: Run) -> list[tuple[str, str]]:
     """(metric, label) of the panel's metrics that the run has."""
     found = []
     for name in panel.metrics:
-        if name.endswith("{r}"):
-            found += [(each, f"r = {depth}") for depth, each in run.family(name.removesuffix("{r}"))]
+        if "{r}" in name:
+            found += [(each, f"r = {depth}") for depth, each in run.family(name)]
         elif name in run:
             found.append((name, name.replace("_", " ") if len(panel.metrics) > 1 else ""))
     return found
@@ -169,8 +173,8 @@ def _look(panel: Panel, runs: Sequence[Run], run: Run, name: str, label: str) ->
     """(name in the legend, colour, dash): several runs differ by colour, or by dash where the colour is the depth."""
     place = runs.index(run)
     legend = " · ".join(filter(None, [label, run.name if len(runs) > 1 else ""]))
-    if panel.metrics[0].endswith("{r}"):
-        depths = sorted({depth for each in runs for depth, _ in each.family(panel.metrics[0].removesuffix("{r}"))})
+    if "{r}" in panel.metrics[0]:
+        depths = sorted({depth for each in runs for depth, _ in each.family(panel.metrics[0])})
         depth = int(label.removeprefix("r = "))
         return legend, ordered_colour(depths.index(depth), len(depths)), place
     if len(runs) == 1:
@@ -210,12 +214,12 @@ def _sentence(text: str) -> str:
 
 def _loss_by_depth(runs: Sequence[Run]) -> Iterator[Chart]:
     """The last validation of every run against the depth."""
-    pattern, unit = "val_loss_r", "nats/token"
-    if all(run.family("val_bpb_r") for run in runs):
-        pattern, unit = "val_bpb_r", "bits/byte"
+    metric, unit = "val_loss_r{r}", "nats/token"
+    if all(run.family("val_bpb_r{r}") for run in runs):
+        metric, unit = "val_bpb_r{r}", "bits/byte"
     series = []
     for place, run in enumerate(runs):
-        found = [(depth, name) for depth, name in run.family(pattern) if np.isfinite(run.numbers(name)[-1])]
+        found = [(depth, name) for depth, name in run.family(metric) if np.isfinite(run.numbers(name)[-1])]
         if len(found) > 1:
             depths = np.array([depth for depth, _ in found], float)
             losses = np.array([run.numbers(name)[-1] for _, name in found])
@@ -228,6 +232,28 @@ def _loss_by_depth(runs: Sequence[Run]) -> Iterator[Chart]:
             "loss_by_depth", "Held-out loss by depth, last validation",
             Axis("recurrences", log=True, ticks=ticks), Axis(unit), series,
             note=f"The mean depth of training is {means}." if (means := _mean_depths(runs)) else "",
+        )  # fmt: skip
+
+
+def _accuracy_by_group(runs: Sequence[Run]) -> Iterator[Chart]:
+    """The last validation's accuracy of every group, which in a generated task is a difficulty."""
+    series = []
+    depths = sorted({depth for run in runs for depth, _ in run.family("val_accuracy_r{r}_by_group")})
+    for place, run in enumerate(runs):
+        for depth, name in run.family("val_accuracy_r{r}_by_group"):
+            columns = [run.columns[each][1][-1] for each in ("val_groups", name, "val_group_labels") if each in run]
+            if len(columns) < 3 or len({len(column) for column in columns}) > 1:
+                continue
+            groups, share, labels = np.array(columns, float)
+            error = np.sqrt(share * (1 - share) / np.maximum(labels, 1))
+            legend = " · ".join([f"r = {depth}"] + ([run.name] if len(runs) > 1 else []))
+            tint = ordered_colour(depths.index(depth), len(depths))
+            dash = DASHES[place % len(DASHES)]
+            series.append(Series(legend, groups, share, tint, dash, error, style="lines+markers"))
+    if series:
+        yield Lines(
+            "accuracy_by_group", "Held-out accuracy by group, last validation", Axis("group"), Axis("", zero=True),
+            series, note="In a generated task a group is a difficulty. Bars: one standard error.", wide=True,
         )  # fmt: skip
 
 
