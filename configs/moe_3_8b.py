@@ -1,6 +1,6 @@
 """MoE-Huginn 3.8 B (3.82 B parameters): the public Huginn's shape with 8 routed and 1 shared expert at the injection.
 
-    python train_jax.py --config configs/moe_3_8b.py --data.tokenizer TOKENIZER_FOLDER
+    python train_jax.py --config configs/moe_3_8b.py
 
 Everything but the experts is huginn_3_5b.py, so the recipe is that of the public dense run; nothing in it was tuned for
 experts, whose number and width are a choice of this repository. Data as there: 800 B tokens.

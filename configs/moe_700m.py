@@ -1,6 +1,6 @@
 """MoE-Huginn 700 M (0.71 B parameters): width 2048, 8 routed and 1 shared expert at the injection.
 
-    python train_jax.py --config configs/moe_700m.py --data.tokenizer TOKENIZER_FOLDER
+    python train_jax.py --config configs/moe_700m.py
 
 Data: rows of 4097 tokens (tomg-group-umd/huginn-dataset, fetched while training runs: 64 GB of disk at most), 512 rows
 a step, 47 684 steps = 100 B tokens.
@@ -11,17 +11,9 @@ not tuned; mean recurrence and backpropagation depth are the public run's.
 Expected result: not known; nobody has trained it.
 """
 
-import dataclasses
-
 from jax_huginn.config.presets import MoEHuginnConfig700M
-from jax_huginn.config.schema import Config, DataConfig, OptimizerConfig, TrainConfig
+from jax_huginn.config.schema import Config
 
 
 def get_config() -> Config:
-    return dataclasses.replace(
-        MoEHuginnConfig700M(),
-        run_dir="runs/moe_700m",
-        train=TrainConfig(steps=47_684, batch_size=512, sequence_length=4096, micro_batches=128),
-        optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=4096),
-        data=DataConfig(source="hub", path="tomg-group-umd/huginn-dataset"),
-    )
+    return MoEHuginnConfig700M()

@@ -1,7 +1,9 @@
-"""A small Hugging Face hub on the loopback interface: one dataset, its listing, its files by range, faults on order.
+"""A small Hugging Face hub on the loopback interface: one dataset, its listing, its files by range, faults on order;
+and one model, with small files.
 
 It answers what the client asks: `/api/datasets/REPO/revision/REV`, `/api/datasets/REPO/tree/COMMIT` (in pages),
-`/datasets/REPO/resolve/COMMIT/PATH` (a redirect, as the hub sends) and `/cdn/DIGEST`.
+`/datasets/REPO/resolve/COMMIT/PATH` (a redirect, as the hub sends) and `/cdn/DIGEST`; of the model
+`/api/models/MODEL/revision/REV`, `/api/models/MODEL/tree/COMMIT` and `/MODEL/resolve/COMMIT/PATH`.
 """
 
 import hashlib
@@ -16,7 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-REPOSITORY = "owner/rows"
+REPOSITORY, MODEL = "owner/rows", "owner/model"
 PAGE = 3  # entries of a listing's page
 
 
@@ -48,6 +50,7 @@ class HubServer:
         self.requests: list[dict[str, Any]] = []
         self.commits: dict[str, dict[str, bytes]] = {}
         self.raw_entries: list[dict[str, Any]] = []  # added to every listing as they are
+        self.model: dict[str, bytes] = {}
         self.update(files)
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.http.daemon_threads = True
@@ -78,6 +81,9 @@ class HubServer:
             protocol_version = "HTTP/1.1"
 
             def log_message(self, *_: object) -> None: ...
+
+            def do_HEAD(self) -> None:
+                self.do_GET()
 
             def do_GET(self) -> None:
                 try:
@@ -124,7 +130,22 @@ class HubServer:
                     return self.send(
                         302, b"", {"Location": f"{hub.cdn}/cdn/{digest(content)}?Signature=secret-signature"}
                     )
+                if parts[0] == MODEL.split("/")[0] or parts[:2] == ["api", "models"]:
+                    return self.model("/".join(parts))
                 return self.send(404, b"")
+
+            def model(self, path: str) -> None:
+                commit = git_digest(repr(sorted(hub.model.items())).encode())
+                if path == f"api/models/{MODEL}/revision/main" and hub.model:
+                    return self.send_json({"id": MODEL, "sha": commit})
+                if path == f"api/models/{MODEL}/tree/{commit}":
+                    items = hub.model.items()
+                    files = [{"type": "file", "path": k, "size": len(v), "oid": git_digest(v)} for k, v in items]
+                    return self.send_json(files)
+                content = hub.model.get(path.removeprefix(f"{MODEL}/resolve/{commit}/"))
+                if content is None:
+                    return self.send(404, b"", {"X-Error-Code": "RepoNotFound"})
+                return self.send(200, content, {"ETag": f'"{git_digest(content)}"', "X-Repo-Commit": commit})
 
             def fault(self, name: str) -> Fault:
                 return hub.faults[name].pop(0) if hub.faults[name] else Fault()
@@ -161,7 +182,8 @@ class HubServer:
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(len(body) if length is None else length))
                 self.end_headers()
-                self.wfile.write(body)
+                if self.command != "HEAD":
+                    self.wfile.write(body)
                 if length is not None and length != len(body):
                     self.close_connection = True
 

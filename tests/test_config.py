@@ -53,9 +53,7 @@ def test_the_default_preset_is_a_few_million_parameters():
 
 def test_the_exported_700m_config_is_the_preset():
     preset = load_config(str(ROOT / "configs/moe_700m.py"))
-    assert (preset.model, preset.moe, preset.recurrence) == (
-        MoEHuginnConfig700M().model, MoEHuginnConfig700M().moe, MoEHuginnConfig700M().recurrence
-    )  # fmt: skip
+    assert preset == MoEHuginnConfig700M()
 
 
 def test_every_preset_says_command_hardware_and_result():

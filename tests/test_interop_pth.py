@@ -118,6 +118,7 @@ def test_a_public_training_file_is_read(dense, content, tmp_path, monkeypatch, f
         ("rope_settings", 3),
         ("n_layers_in_coda", None),
         ("num_experts", 2),
+        ("block_size", 10**12),
     ],
 )
 def test_a_model_that_we_cannot_be_is_refused_by_field_and_value(dense, content, tmp_path, field, value):
@@ -129,6 +130,8 @@ def test_a_model_that_we_cannot_be_is_refused_by_field_and_value(dense, content,
     message = refusal(tmp_path / "other.pth")
     if field == "num_attention_heads":
         assert "model.heads=5" in message
+    elif field == "block_size":
+        assert "model.max_length=1000000000000 is more than 16777216" in message
     elif field == "num_experts":
         assert "transformer.moe." in message
         assert "is missing" in message

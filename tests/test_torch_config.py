@@ -80,6 +80,12 @@ def test_calls_that_cannot_work_name_the_value():
         model(tokens.repeat(1, 2))
     with pytest.raises(ValueError, match=r"num_steps=\(-1, 2\)"):
         model(tokens, num_steps=(-1, 2))
+    for wrong in (48, -1):
+        with pytest.raises(ValueError, match=rf"^tokens holds {wrong}, but the model's ids are 0 to 47$"):
+            model(tokens.where(tokens != tokens[1, 5], wrong))
+    for misshapen in (tokens[0], tokens[None], tokens[:, :0], tokens.float()):
+        with pytest.raises(ValueError, match=r"^tokens must be integers of shape \(batch, sequence\), not torch"):
+            model(misshapen)
     with pytest.raises(ValueError, match=r"initial_state has shape \(1, 64, 32\), not \(2, 64, 32\)"):
         model(tokens, initial_state=torch.zeros(1, 64, 32))
 
@@ -129,6 +135,9 @@ def test_config_survives_the_file_layout(config):
         ({"moe_placement": "coda"}, "moe_placement='coda'"),
         ({"moe_placement": "core", "moe_residual": True}, "moe_residual=True"),
         ({"mean_recurrence": 0}, "mean_recurrence=0 must be positive"),
+        ({"norm_eps": float("inf")}, "norm_eps=inf must be a finite number"),
+        ({"rope_settings": {"rope_base": float("nan")}}, "rope_base=nan must be a finite number"),
+        ({"block_size": 10**12}, "block_size=1000000000000 is more than 16777216"),
     ],
 )
 def test_config_refuses_what_it_cannot_represent(change, message):

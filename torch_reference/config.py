@@ -5,10 +5,12 @@ the two. Only what shapes the model is a field; what this model cannot represent
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 Placement = Literal["injection", "core"]
+LONGEST_CONTEXT = 2**24  # tokens; a table of angles is made for as many
 
 # Choices that the public layout can express and this model makes only one way. Absent means the default.
 _FIXED: dict[str, Any] = {
@@ -105,6 +107,7 @@ class MoEHuginnConfig:
                 value = float(value)
                 object.__setattr__(self, field.name, value)
             _require(type(value) is kind, field.name, value, f"must be of type {kind.__name__}")
+            _require(kind is not float or math.isfinite(value), field.name, value, "must be a finite number")
         positive = ["n_embd", "num_attention_heads", "num_key_value_heads", "intermediate_size", "padded_vocab_size",
                     "block_size", "n_layers_in_recurrent_block", "mean_recurrence", "mean_backprop_depth",
                     "norm_eps", "rope_base"]  # fmt: skip
@@ -114,6 +117,7 @@ class MoEHuginnConfig:
         for name in ("n_layers_in_prelude", "n_layers_in_coda", "num_experts", "balance_weight", "z_weight"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
 
+        _require(self.block_size <= LONGEST_CONTEXT, "block_size", self.block_size, f"is more than {LONGEST_CONTEXT}")
         D, H, G, E = (self.n_embd, self.num_attention_heads, self.num_key_value_heads, self.num_experts)
         _require(D % H == 0, "n_embd", D, f"must be divisible by num_attention_heads={H}")
         _require(D // H % 2 == 0, "n_embd", D, f"over num_attention_heads={H} must give heads of even width")
@@ -176,25 +180,26 @@ def model_config_of(described: Any) -> dict[str, Any]:
     return {renamed.get(name, name): value for name, value in values.items()}
 
 
-def MoEHuginnConfig700M() -> MoEHuginnConfig:  # noqa: N802  a public name
-    """About 0.71 B parameters: 8 routed experts and a shared one, top 2."""
-    return MoEHuginnConfig(
-        name="moe-huginn-700m",
-        n_embd=2048,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-        intermediate_size=5632,
-        padded_vocab_size=65536,
-        block_size=4096,
-        n_layers_in_prelude=2,
-        n_layers_in_recurrent_block=4,
-        n_layers_in_coda=2,
-        mean_recurrence=32,
-        mean_backprop_depth=8,
-        num_experts=8,
-        moe_k=2,
-        moe_intermediate_size=2816,
-    )
+def MoEHuginnConfig700M(**fields: Any) -> MoEHuginnConfig:  # noqa: N802  a public name
+    """About 0.71 B parameters: 8 routed experts and a shared one, top 2. `fields` replace those of the shape."""
+    shape: dict[str, Any] = {
+        "name": "moe-huginn-700m",
+        "n_embd": 2048,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "intermediate_size": 5632,
+        "padded_vocab_size": 65536,
+        "block_size": 4096,
+        "n_layers_in_prelude": 2,
+        "n_layers_in_recurrent_block": 4,
+        "n_layers_in_coda": 2,
+        "mean_recurrence": 32,
+        "mean_backprop_depth": 8,
+        "num_experts": 8,
+        "moe_k": 2,
+        "moe_intermediate_size": 2816,
+    }
+    return MoEHuginnConfig(**(shape | fields))
 
 
 def _require(holds: bool, name: str, value: Any, problem: str) -> None:

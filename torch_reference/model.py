@@ -327,6 +327,7 @@ class MoEHuginnModel(nn.Module):
         n, k = self._depth(num_steps)
         parts = self.transformer
         ln_f, wte = parts["ln_f"], cast(nn.Embedding, parts["wte"])
+        _require_tokens(tokens, self.config.padded_vocab_size)
         if tokens.shape[1] > self.config.block_size:
             raise ValueError(f"a sequence of {tokens.shape[1]} tokens is longer than {self.config.block_size=}")
 
@@ -391,3 +392,14 @@ class MoEHuginnModel(nn.Module):
         if given.shape != e_BSD.shape:
             raise ValueError(f"initial_state has shape {tuple(given.shape)}, not {tuple(e_BSD.shape)}")
         return given.to(e_BSD)
+
+
+def _require_tokens(tokens: Tensor, rows: int) -> None:
+    """Raises ValueError, before the embedding fails on some devices by an assertion, unless all ids have a row."""
+    if tokens.ndim != 2 or tokens.numel() == 0 or tokens.is_floating_point():
+        raise ValueError(
+            f"tokens must be integers of shape (batch, sequence), not {tokens.dtype} of shape {tuple(tokens.shape)}"
+        )
+    wrong = tokens[(tokens < 0) | (tokens >= rows)]
+    if wrong.numel():
+        raise ValueError(f"tokens holds {int(wrong[0])}, but the model's ids are 0 to {rows - 1}")

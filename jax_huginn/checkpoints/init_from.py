@@ -48,12 +48,20 @@ def load_into(source: Source, fresh: Any) -> Any:
 
 
 def adopt_tokenizer(start: Source, config: Config, run_dir: Path) -> str | None:
-    """Give a new run the tokenizer of its weights, unless it names one; a warning where text would get another.
+    """Give a new run the tokenizer of its weights, unless it names one; a line where text may get another.
 
     The weights know the tokens of the tokenizer that they were trained with, and no others.
     """
-    if config.data.tokenizer or (run_dir / "tokenizer/tokenizer.json").exists():
+    if (run_dir / "tokenizer/tokenizer.json").exists():
         return None
+    if config.data.tokenizer:
+        theirs = start.tokenizer and start.tokenizer.resolve()
+        if theirs in (None, Path(config.data.tokenizer).expanduser().resolve()):
+            return None
+        return (
+            f"the tokenizer is data.tokenizer={config.data.tokenizer}, not the one beside these weights: if the two "
+            f"differ, give --data.tokenizer {theirs}"
+        )
     if start.tokenizer:
         copy_tokenizer(start.tokenizer, run_dir / "tokenizer")
         return None

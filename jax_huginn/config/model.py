@@ -5,6 +5,8 @@ from typing import Literal
 
 from jax_huginn.config.checks import require, require_positive
 
+LONGEST_CONTEXT = 2**24  # tokens; a table of angles is made for as many
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -47,6 +49,9 @@ class ModelConfig:
             "model", self, "vocab_size", "width", "heads", "kv_heads", "mlp_width", "core_layers", "max_length",
             "norm_eps", "rope_base",
         )  # fmt: skip
+        require(
+            self.max_length <= LONGEST_CONTEXT, f"model.max_length={self.max_length} is more than {LONGEST_CONTEXT}"
+        )
         require(self.prelude_layers >= 0, f"model.prelude_layers={self.prelude_layers} must not be negative")
         require(self.coda_layers >= 0, f"model.coda_layers={self.coda_layers} must not be negative")
         layers = self.prelude_layers + self.core_layers + self.coda_layers

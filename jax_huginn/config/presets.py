@@ -1,25 +1,53 @@
 """Config files: presets (`configs/*.py`) and the `config.json` of a run; and the preset that the package exports."""
 
 import ast
+import dataclasses
 import importlib.util
 import json
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from jax_huginn.config.checks import ConfigError, UserError, require
-from jax_huginn.config.dicts import from_dict
-from jax_huginn.config.schema import ComputeConfig, Config, ModelConfig, MoEConfig, RecurrenceConfig
+from jax_huginn.config.dicts import from_dict, to_dict
+from jax_huginn.config.schema import (
+    ComputeConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    RecurrenceConfig,
+    TrainConfig,
+)
 
 
-def MoEHuginnConfig700M() -> Config:  # noqa: N802  (a public name, see README)
-    """0.71 B parameters: width 2048, 16 heads of 128, 2/4/2 blocks, 8 routed and 1 shared expert of 2816."""
-    return Config(
+def MoEHuginnConfig700M(**fields: Any) -> Config:  # noqa: N802  (a public name)
+    """The preset `configs/moe_700m.py`: 0.71 B parameters, 8 routed and 1 shared expert.
+
+    Args:
+        fields: replace the preset's; a dict replaces some of a section's: `run_dir="runs/mine", train={"steps": 100}`.
+
+    Raises:
+        ConfigError: a field that there is not, or a value that cannot work.
+    """
+    preset = Config(
+        run_dir="runs/moe_700m",
         model=ModelConfig(width=2048, heads=16, kv_heads=16, mlp_width=5632),
         compute=ComputeConfig(remat="dots", unroll=True),
         moe=MoEConfig(experts=8, active=2, width=2816),
         recurrence=RecurrenceConfig(mean=32, backprop_depth=8),
+        train=TrainConfig(steps=47_684, batch_size=512, sequence_length=4096, micro_batches=128),
+        optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=4096),
+        data=DataConfig(source="hub", path="tomg-group-umd/huginn-dataset", tokenizer="tomg-group-umd/huginn-0125"),
     )
+    values = to_dict(preset)
+    for name, value in fields.items():
+        value = to_dict(value) if dataclasses.is_dataclass(value) else value
+        values[name] = {**values.get(name, {}), **value} if isinstance(value, Mapping) else value
+    return from_dict(values)
 
 
 def load_config(path: str) -> Config:

@@ -107,7 +107,8 @@ class DataConfig:
     validation_fraction: float = 0.05
     """Share of files held out for validation, chosen by a hash of the relative path."""
     tokenizer: str = ""
-    """Hugging Face tokenizer folder or name. Empty: a byte-level BPE trained on the training files (text sources)."""
+    """Hugging Face tokenizer folder, or the name of a model on the hub, whose tokenizer is fetched. Empty: a byte-level
+    BPE trained on the training files (text sources)."""
     streams: int = 8
     """Virtual streams that define the order of the data; stream i reads files i, i + streams, ..."""
     shuffle_window: int = 256

@@ -14,6 +14,7 @@ from jax_huginn.data.permutation import permutation
 from jax_huginn.data.rows import batch_of, batch_with_groups
 from jax_huginn.data.sources import corpus
 from jax_huginn.data.sources.bad_data import BadData
+from jax_huginn.data.sources.download import UnreachableError
 from jax_huginn.data.sources.files import CorpusFile, DataError
 from jax_huginn.data.sources.parquet import parquet_pieces
 from jax_huginn.data.sources.text import PIECE_BYTES, text_pieces
@@ -160,7 +161,7 @@ def build_data(
         training, held_out = hub.training, hub.held_out
     else:
         training, held_out = corpus(config.data, report)
-    tokenizer = _tokenizer(config, training, tokenizer_dir)
+    tokenizer = _tokenizer(config, training, tokenizer_dir, report)
     length = config.train.sequence_length
     settings: dict[str, Any] = {"sequence_length": length}
     if config.data.source in ("parquet", "hub"):
@@ -255,10 +256,25 @@ def _token_pieces(tokenizer: "PreTrainedTokenizerFast", bad: BadData) -> "Pieces
     return pieces
 
 
-def _tokenizer(config: Config, training: list[CorpusFile], folder: Path) -> "PreTrainedTokenizerFast | None":
+def _tokenizer(
+    config: Config, training: list[CorpusFile], folder: Path, report: Callable[[str], None]
+) -> "PreTrainedTokenizerFast | None":
     name, vocab_size = config.data.tokenizer, config.model.vocab_size
     if name:
-        tokenizer = load_tokenizer(name)
+        try:
+            tokenizer = load_tokenizer(name, report)
+        except UnreachableError as error:
+            if (folder / "tokenizer.json").exists():
+                report(f"{error}: using the one in {folder}")
+                name, tokenizer = str(folder), load_tokenizer(str(folder))
+            elif config.data.source in ("parquet", "hub"):
+                report(
+                    f"warning: {error}: the run trains without it, so it measures no bits per byte and leaves no "
+                    f"{folder}, which an evaluation needs; a restart with a network adds both"
+                )
+                return None
+            else:
+                raise
     elif config.data.source in ("parquet", "hub"):
         return None
     elif config.data.source == "generated":

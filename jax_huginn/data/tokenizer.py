@@ -5,13 +5,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jax_huginn.data.sources.files import DataError
+from jax_huginn.data.sources.hub_tokenizer import fetch_tokenizer
 from jax_huginn.data.sources.text import Document
 
 if TYPE_CHECKING:
@@ -70,21 +71,25 @@ def character_tokenizer(alphabet: str, separator: str) -> "PreTrainedTokenizerFa
     )
 
 
-def load_tokenizer(path_or_name: str) -> "PreTrainedTokenizerFast":
-    """Load the tokenizer of a folder or Hugging Face name; if it has no PAD, EOS is used.
+def load_tokenizer(path_or_name: str, report: Callable[[str], None] = print) -> "PreTrainedTokenizerFast":
+    """Load the tokenizer of a folder or of a model on the hub; if it has no PAD, EOS is used.
+
+    Args:
+        report: called with a line for each try after which the hub is asked again.
 
     Raises:
+        UnreachableError: the hub, which has it, does not answer.
         DataError: it cannot be loaded, or has no BOS or EOS.
     """
     from transformers import AutoTokenizer
 
+    folder = Path(path_or_name).expanduser()
+    folder = folder if folder.exists() else fetch_tokenizer(path_or_name, report)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path_or_name)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
     except Exception as error:  # OSError, KeyError, ImportError, ...; tokenizers raises a bare Exception
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(
-            f"data.tokenizer={path_or_name!r} is neither a tokenizer folder nor a name that can be fetched: {reason}"
-        ) from None
+        raise DataError(f"data.tokenizer={path_or_name!r} holds no tokenizer that can be loaded: {reason}") from None
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise DataError(f"data.tokenizer={path_or_name!r} has no tokenizer.json (a fast tokenizer): name one that has")
     for name in ("bos", "eos"):

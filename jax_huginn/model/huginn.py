@@ -21,6 +21,7 @@ from jax_huginn.config.schema import Config
 from jax_huginn.model import functional, initializers, remat
 from jax_huginn.model.blocks import Positions, RMSNorm, SandwichBlock
 from jax_huginn.model.cache import KV, Cache
+from jax_huginn.model.inputs import token_array
 from jax_huginn.model.moe import MoE, Routing
 from jax_huginn.model.parameters import cast_params
 from jax_huginn.model.recurrence import Depth, Plan, iterate
@@ -121,9 +122,19 @@ class MoEHuginnModel(nnx.Module):
             initial_state: s_0, (B,S,D) or broadcastable. Default: `initializers.fixed_state` of seed 0, which is the
                 same for every row and batch size, so that scores are reproducible.
             labels: (B,S), already the next tokens; -100 is ignored.
+
+        Raises:
+            ValueError: an id beyond the vocabulary, or a shape or depth that cannot be.
         """
-        recurrence = self.config.recurrence
+        recurrence, vocabulary = self.config.recurrence, self.config.model.vocab_size
+        tokens_BS = token_array("tokens", tokens_BS, vocabulary)
+        if labels is not None:
+            labels = token_array("labels", labels, vocabulary, IGNORE)
+            if labels.shape != tokens_BS.shape:
+                raise ValueError(f"labels has shape {labels.shape}, not {tokens_BS.shape} as tokens")
         n, k = num_steps or (recurrence.mean - recurrence.gradient_steps, recurrence.gradient_steps)
+        if any(isinstance(each, int) and each < 0 for each in (n, k)):
+            raise ValueError(f"num_steps={(n, k)} must not be negative")
         if initial_state is None:
             initial_state = jnp.asarray(initializers.fixed_state(0, tokens_BS.shape[1], self.config.model.width))
         model = self.cast()
