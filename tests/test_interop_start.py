@@ -93,7 +93,12 @@ def test_a_start_brings_its_tokenizer_unless_the_run_names_one(sources, make_con
     start = open_start(config)
     assert start is not None
     named = dataclasses.replace(config, data=DataConfig(source="stdlib", tokenizer="other"))
-    assert adopt_tokenizer(start, named, tmp_path) is None
+    line = adopt_tokenizer(start, named, tmp_path)
+    assert line is not None
+    assert "the tokenizer is data.tokenizer=other, not the one beside these weights: if the two differ, give" in line
+    assert line.endswith(f"--data.tokenizer {folder / 'folder'}")
+    same = dataclasses.replace(config, data=DataConfig(source="stdlib", tokenizer=str(folder / "folder")))
+    assert adopt_tokenizer(start, same, tmp_path) is None
     assert not adopted.exists()
     assert adopt_tokenizer(start, config, tmp_path) is None
     assert adopted.read_bytes() == (folder / "folder/tokenizer.json").read_bytes()
