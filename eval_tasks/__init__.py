@@ -1,6 +1,7 @@
-"""Offline lm-eval tasks, made from the held-out part of Python's standard library.
+"""Offline lm-eval tasks, made from the held-out part of Python's standard library or generated.
 
-`TaskManager(include_path=TASKS_FOLDER)` finds them; the data is made by `eval_tasks.build` when a task is loaded.
+`TaskManager(include_path=TASKS_FOLDER)` finds them; the data is made by `eval_tasks.build` or `eval_tasks.shell_game`
+when a task is loaded.
 """
 
 from pathlib import Path

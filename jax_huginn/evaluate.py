@@ -1,6 +1,7 @@
 """python -m jax_huginn.evaluate SOURCE --tasks NAMES --recurrence 1,4,8: lm-eval scores at several depths.
 
-Besides lm-eval's own tasks there are two that need no network: stdlib_continuation and stdlib_perplexity.
+Besides lm-eval's own tasks there are three that need no network: stdlib_continuation and stdlib_perplexity, and
+shell_game for a model of configs/shell_game.py.
 Every task is evaluated by itself: one that cannot run is reported and costs no other.
 Exit status: 0 all tasks ran, 1 some did not, 2 nothing was started because of a mistake in the command.
 """

@@ -12,6 +12,7 @@ from eval_tasks import TASKS, TASKS_FOLDER
 from eval_tasks import build as tasks
 from jax_huginn.data.sources.files import stdlib_files
 from jax_huginn.data.sources.split import is_held_out
+from tests.test_data_generated import play
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -126,7 +127,7 @@ def test_another_validation_share_asks_about_other_files():
 def test_lm_eval_loads_the_tasks_as_they_were_built(questions):
     from lm_eval.tasks import TaskManager
 
-    assert TASKS == ("stdlib_continuation", "stdlib_perplexity")
+    assert TASKS == ("shell_game", "stdlib_continuation", "stdlib_perplexity")
     loaded = TaskManager(include_path=TASKS_FOLDER, include_defaults=False).load(list(TASKS))["tasks"]
     documents = list(loaded["stdlib_continuation"].test_docs())
     assert documents == questions
@@ -136,6 +137,11 @@ def test_lm_eval_loads_the_tasks_as_they_were_built(questions):
     assert first == [(questions[0]["context"], choice) for choice in questions[0]["choices"]]
     pieces = [row["text"] for row in loaded["stdlib_perplexity"].test_docs()]
     assert pieces == [row["text"] for row in tasks.perplexity_pieces()]
+    games = list(loaded["shell_game"].test_docs())
+    assert {len(game["context"]) - 2 for game in games} == set(range(1, 33))
+    assert all(play(game["context"]) == game["choices"][game["answer"]] for game in games)
+    loaded["shell_game"].build_all_requests(limit=1)
+    assert [each.args for each in loaded["shell_game"].instances] == [(games[0]["context"], cup) for cup in "12345"]
 
 
 def test_the_builder_imports_neither_jax_nor_torch():

@@ -102,7 +102,12 @@ def accuracy_table(record: Record) -> list[str]:
 def next_commands(run_dir: Path, config: Config) -> list[str]:
     """What a newcomer does with a finished run; ready to paste."""
     commands = [["python", "-m", "jax_huginn.export", f"{run_dir}", "--out", f"{run_dir}/model.pth"]]
-    if (run_dir / "tokenizer").is_dir() and config.data.source != "generated":
+    if config.data.source == "generated":
+        depths = ",".join(map(str, config.validation.depths))
+        commands.append([
+            "python", "-m", "jax_huginn.evaluate", f"{run_dir}", "--tasks", config.data.task, "--recurrence", depths,
+        ])  # fmt: skip
+    elif (run_dir / "tokenizer").is_dir():
         commands.append([
             "python", "torch_reference/quick_checkpoint_eval.py", "--checkpoint_name", f"{run_dir}/model.pth",
             "--tokenizer_path", f"{run_dir}/tokenizer", "--tasks", "stdlib_continuation,stdlib_perplexity",
