@@ -77,6 +77,8 @@ class Lines(Chart):
     series: Sequence[Series]
     marks: Sequence[tuple[float, str]] = ()
     """Values of y with a name, drawn as thin lines across."""
+    height: int = field(default=320, kw_only=True)
+    """On a page, pixels."""
 
 
 @dataclass(frozen=True)

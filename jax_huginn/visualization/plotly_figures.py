@@ -29,11 +29,11 @@ def _(chart: Lines) -> go.Figure:
         drawn.add_trace(_curve(series))
     for value, name in chart.marks:
         drawn.add_hline(
-            value, line={"color": MARK, "width": 1, "dash": "dot"}, annotation_text=escape(name),
+            value, line={"color": MARK, "width": 1, "dash": "dot"}, annotation_text=_shown(name),
             annotation_font={"size": 11, "color": MARK}, annotation_position="bottom right",
         )  # fmt: skip
     hovered = any(series.hover for series in chart.series)
-    drawn.update_layout(hovermode="closest" if hovered else "x unified")
+    drawn.update_layout(hovermode="closest" if hovered else "x unified", height=chart.height)
     return _trimmed(drawn, any(series.name for series in chart.series))
 
 
@@ -44,7 +44,7 @@ def _curve(series: Series) -> go.Scatter:
     return go.Scatter(
         x=series.x,
         y=series.y,
-        name=escape(series.name),
+        name=_shown(series.name),
         mode=series.style,
         line={"color": series.colour, "width": 1 if series.faint else 2, "dash": series.dash},
         marker={"size": 5 if series.style == "markers" else 6},
@@ -72,7 +72,7 @@ def _(chart: Bars) -> go.Figure:
             go.Bar(
                 x=x,
                 y=heights,
-                name=escape(name),
+                name=_shown(name),
                 marker={"color": tint, "line": {"width": 0}},
                 opacity=0.85 if len(chart.groups) == 1 else 0.55,
                 showlegend=bool(name),
@@ -81,7 +81,7 @@ def _(chart: Bars) -> go.Figure:
         )
     for value, name in chart.marks:
         drawn.add_vline(
-            value, line={"color": MARK, "width": 1, "dash": "dot"}, annotation_text=escape(name),
+            value, line={"color": MARK, "width": 1, "dash": "dot"}, annotation_text=_shown(name),
             annotation_font={"size": 11, "color": MARK}, annotation_position="top",
         )  # fmt: skip
     drawn.update_layout(barmode="overlay", bargap=0.08, hovermode="closest")
@@ -140,7 +140,7 @@ def _layout(x: Axis, y: Axis) -> dict[str, Any]:
 def _axis(axis: Axis) -> dict[str, Any]:
     ticks = {} if axis.ticks is None else {"tickvals": list(axis.ticks), "ticktext": [f"{t:g}" for t in axis.ticks]}
     return {
-        "title": {"text": escape(axis.label), "standoff": 8},
+        "title": {"text": _shown(axis.label), "standoff": 8},
         "type": "log" if axis.log else "linear",
         "gridcolor": GRID,
         "linecolor": "#9aa5b1",
@@ -156,5 +156,5 @@ def _axis(axis: Axis) -> dict[str, Any]:
 
 
 def _shown(text: str) -> str:
-    """Text in which plotly finds no markup; it takes blank cells and rows for missing ones."""
-    return escape(text) or " "
+    """Text in which plotly finds no markup; it takes empty cells and rows for missing ones."""
+    return escape(text, quote=False) or " "

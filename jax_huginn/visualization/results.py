@@ -57,7 +57,7 @@ def read_results(file: Path, runs: Sequence[Run]) -> Evaluation:
 def read_baseline(file: Path) -> Evaluation:
     """Read a results file of any other model, which is called as its source."""
     content = _content(file)
-    return Evaluation(_short(Path(content["source"])), _scores(file, content))
+    return Evaluation(model_name(Path(content["source"])), _scores(file, content))
 
 
 def _content(file: Path) -> dict[str, Any]:
@@ -100,8 +100,8 @@ def _digest(source: Path) -> str | None:
     return sha256_of(files) if all(each.is_file() for each in files) else None
 
 
-def _short(source: Path) -> str:
-    """RUN/checkpoints/300 as "RUN step 300"; else the last name."""
+def model_name(source: Path) -> str:
+    """A model as legends call it: RUN/checkpoints/300 is "RUN step 300", any other source has its last name."""
     if source.parent.name == CHECKPOINTS:
         return f"{source.parent.parent.name} step {source.name}"
     return source.name
