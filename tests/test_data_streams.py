@@ -9,10 +9,11 @@ import grain
 import numpy as np
 import pytest
 
-from jax_huginn.data.permutation import EPOCH, FILES, WINDOW, permutation
+from jax_huginn.data.permutation import EPOCH, SPANS, WINDOW, permutation
 from jax_huginn.data.reader import RowReader
 from jax_huginn.data.resume import whole_position
 from jax_huginn.data.sources.files import CorpusFile, DataError
+from jax_huginn.data.spans import Spans
 from jax_huginn.data.streams import RowDataset, Stream
 
 PIECE = 7  # tokens or rows a piece; prime to every length here
@@ -25,7 +26,7 @@ def make_corpus(folder: Path, lengths: list[int]) -> tuple[list[CorpusFile], dic
     contents = {f"{i:03}.txt": np.array([next(numbers) for _ in range(n)], np.int32) for i, n in enumerate(lengths)}
     for name in contents:
         (folder / name).write_text(name)
-    return [CorpusFile(name, folder / name) for name in contents], contents
+    return [CorpusFile(name, folder / name, size=len(tokens)) for name, tokens in contents.items()], contents
 
 
 class Pieces:
@@ -35,10 +36,10 @@ class Pieces:
         self.contents, self.reads = contents, 0
 
     def __call__(self, file: CorpusFile, offset: int) -> Iterator[tuple[int, np.ndarray]]:
-        items = self.contents[file.relative_path]
-        for begin in range(offset, len(items), PIECE):
+        begin, end = file.share or (0, len(self.contents[file.relative_path]))
+        for begin in range(max(offset, begin), end, PIECE):
             self.reads += 1
-            yield begin, items[begin : begin + PIECE]
+            yield begin, self.contents[file.relative_path][begin : min(begin + PIECE, end)]
 
 
 LENGTHS = [40, 3, 111, 17, 64, 1, 200, 33, 90, 5, 77, 16]
@@ -61,7 +62,7 @@ def take(iterator: Iterator[np.ndarray], count: int) -> np.ndarray:
 
 
 def test_permutation_is_the_same_on_every_machine() -> None:
-    assert permutation(8, 0, FILES) == [3, 2, 1, 6, 0, 7, 4, 5]
+    assert permutation(8, 0, SPANS) == [3, 2, 1, 6, 0, 7, 4, 5]
     assert sorted(permutation(1000, 3, EPOCH, 1, 2)) == list(range(1000))
     orders = {
         tuple(permutation(50, *key))
@@ -74,13 +75,13 @@ def test_permutation_is_the_same_on_every_machine() -> None:
 
 def test_unshuffled_rows_are_the_packed_corpus_epoch_after_epoch(packed: tuple[list[CorpusFile], Pieces]) -> None:
     files, pieces = packed
-    reader = RowReader(files, pieces, S + 1, S, seed=5, stream=2)
+    reader = RowReader(Spans(files, seed=5), pieces, S + 1, S, stream=0)
     rows = np.stack([reader.next_row() for _ in range(3 * sum(LENGTHS) // S)])
     expected = np.concatenate(
         [
             pieces.contents[files[i].relative_path]
             for epoch in range(4)
-            for i in permutation(len(files), 5, EPOCH, 2, epoch)
+            for i in permutation(len(files), 5, EPOCH, 0, epoch)
         ]
     )
     np.testing.assert_array_equal(rows[:, :-1].reshape(-1), expected[: rows.shape[0] * S])
@@ -92,12 +93,12 @@ def test_unshuffled_rows_are_the_packed_corpus_epoch_after_epoch(packed: tuple[l
 def test_shuffling_keeps_every_epochs_rows_and_windows(packed: tuple[list[CorpusFile], Pieces], window: int) -> None:
     files, pieces = packed
     count = 3 * sum(LENGTHS) // S
-    plain, epochs = RowReader(files, pieces, S + 1, S, 0, 0), []
+    plain, epochs = RowReader(Spans(files, 0), pieces, S + 1, S, 0), []
     rows = []
     for _ in range(count):
         epochs.append(plain.place.epoch)
         rows.append(plain.next_row())
-    shuffled = Stream(RowReader(files, pieces, S + 1, S, 0, 0), window, 0, 0)
+    shuffled = Stream(RowReader(Spans(files, 0), pieces, S + 1, S, 0), window, 0, 0)
     got = [shuffled.next_row() for _ in range(count)]
     begin = 0
     for _, group in itertools.groupby(epochs):
@@ -115,19 +116,20 @@ def test_every_parquet_row_comes_once_an_epoch(tmp_path: Path, window: int) -> N
     lengths = [10, 1, 30, 7, 8, 20]
     files, contents = make_corpus(tmp_path, lengths)
     rows = {name: np.stack([items, items + 1], axis=1) for name, items in contents.items()}
-    order = permutation(len(files), 0, FILES)
-    iterator = iter(
-        RowDataset(files, Pieces(rows), take=1, stride=1, seed=0, streams=2, shuffle_window=window, settings={})
-    )
-    got = take(iterator, 400)
+    dataset = RowDataset(files, Pieces(rows), take=1, stride=1, seed=0, streams=2, shuffle_window=window, settings={})
+    got = take(iter(dataset), 400)
     assert got.shape == (400, 2)
+    spans = Spans(files, 0, 2)
     for stream in range(2):
-        mine = got[stream::2, 0]  # row j comes from stream j mod V
-        owned = np.concatenate([contents[files[i].relative_path] for i in order[stream::2]])
-        whole = len(mine) // len(owned) * len(owned)
-        epochs = mine[:whole].reshape(-1, len(owned))
-        np.testing.assert_array_equal(np.sort(epochs), np.tile(np.sort(owned), (len(epochs), 1)))
-        assert not np.array_equal(epochs[0], epochs[1])
+        mine, begin, orders = got[stream::2, 0], 0, []  # row j comes from stream j mod V
+        for epoch in range(5):
+            parts = spans.parts(stream, epoch)
+            owned = np.concatenate([contents[part.relative_path][slice(*part.share or (None,))] for part in parts])
+            orders.append(mine[begin : begin + len(owned)].tolist())
+            assert sorted(orders[-1]) == sorted(owned.tolist())
+            begin += len(owned)
+        assert len({*map(tuple, orders)}) == 5
+    assert sorted(got[:76, 0]) == list(range(76))
 
 
 def test_every_window_of_every_stream_has_an_order_of_its_own(tmp_path: Path) -> None:
@@ -214,13 +216,13 @@ def test_states_are_small_and_refused_by_another_order(packed: tuple[list[Corpus
 
 def test_streams_without_tokens_are_an_error(tmp_path: Path) -> None:
     files, contents = make_corpus(tmp_path, [0, 0, 0])
-    with pytest.raises(DataError, match=r"no data in 1 file\(s\)"):
+    with pytest.raises(DataError, match=r"no data in 3 file\(s\)"):
         next(iter(dataset(files, Pieces(contents))))
 
 
 def test_a_stream_shorter_than_a_row_goes_on_with_its_next_epochs(tmp_path: Path) -> None:
     files, contents = make_corpus(tmp_path, [5])
-    rows = take(iter(dataset(files, Pieces(contents), window=4)), 10)
+    rows = take(iter(dataset(files, Pieces(contents), streams=1, window=4)), 10)
     np.testing.assert_array_equal(rows[:, :-1].reshape(-1), np.arange(10 * S) % 5)
 
 

@@ -110,7 +110,7 @@ class DataConfig:
     """Hugging Face tokenizer folder, or the name of a model on the hub, whose tokenizer is fetched. Empty: a byte-level
     BPE trained on the training files (text sources)."""
     streams: int = 8
-    """Virtual streams that define the order of the data; stream i reads files i, i + streams, ..."""
+    """Virtual streams that define the order of the data; each reads an equal share of every epoch."""
     shuffle_window: int = 256
     """Rows within which each stream is shuffled; 1 keeps the files' order."""
     task: Literal["shell_game"] = "shell_game"

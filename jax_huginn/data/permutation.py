@@ -2,7 +2,7 @@
 
 import numpy as np
 
-FILES, EPOCH, WINDOW, EXAMPLE, HELD_OUT = range(5)  # purposes; each has its own random numbers
+SPANS, EPOCH, WINDOW, EXAMPLE, HELD_OUT = range(5)  # purposes; each has its own random numbers
 
 
 def random_bits(count: int, seed: int, *purpose: int) -> np.ndarray:

@@ -193,7 +193,7 @@ def build_data(
         watcher=hub,
     )
     if hub:
-        hub.own(rows.stream_files())
+        hub.own(rows.owned)
     batches = rows.batch(
         config.train.batch_size // processes, drop_remainder=True, batch_fn=partial(batch_of, length=length)
     )
@@ -317,11 +317,12 @@ def _validation(
 ) -> list[dict[str, np.ndarray]]:
     """Full batches of rows chosen by a fixed seed from a larger pool, or one padded batch of all rows there are."""
     from jax_huginn.data.reader import RowReader
+    from jax_huginn.data.spans import Spans
 
     if not files:
         return []
     size, wanted = _validation_sizes(config)
-    reader = RowReader(files, pieces, take, stride, VALIDATION_SEED, 0, bad)
+    reader = RowReader(Spans(files, VALIDATION_SEED), pieces, take, stride, 0, bad)
     pool = [row for _, row in zip(range(VALIDATION_POOL * wanted), reader.epoch_rows(), strict=False)]
     if not pool:
         raise DataError(f"{len(files)} held-out file(s), {files[0].path} first, contain no data: hold out more")

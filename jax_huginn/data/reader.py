@@ -6,11 +6,12 @@ from typing import NamedTuple, NoReturn, Protocol
 
 import numpy as np
 
-from jax_huginn.data.permutation import EPOCH, permutation
 from jax_huginn.data.sources.bad_data import BadData
 from jax_huginn.data.sources.files import CorpusFile, DataError
+from jax_huginn.data.spans import Spans
 
-FRUITLESS_FILES = 3  # a run stops if its first files, this many, hold no good row
+FRUITLESS_FILES = 10  # a run stops if its first files, this many, hold no good row
+FRUITLESS_ROUNDS = 16  # and where V streams find none in this many times V spans: nearly surely all of the corpus
 
 Pieces = Callable[[CorpusFile, int], Iterator[tuple[int, np.ndarray]]]
 """Reads a file from a piece's offset: yields (offset, items) for each piece."""
@@ -21,7 +22,7 @@ class Place(NamedTuple):
 
     epoch: int
     file: int
-    """Index in the epoch's order of the stream's files."""
+    """Index in the epoch's span of the stream."""
     piece: int
     """Offset of a piece in the file: a byte of a text file, a row of a parquet file."""
     item: int
@@ -45,7 +46,7 @@ class Watcher(Protocol):
     """Learns which files are read next; the hub's cache fetches them."""
 
     def opens(self, stream: int, visit: int, files: Sequence[CorpusFile]) -> None:
-        """Stream `stream` now reads files[0], its `visit`-th file counted over all epochs; files[1] comes next."""
+        """Stream `stream` now reads files[0], in its visit number `visit` (they increase); files[1] comes next."""
 
 
 class RowReader:
@@ -56,11 +57,10 @@ class RowReader:
 
     def __init__(
         self,
-        files: Sequence[CorpusFile],
+        spans: Spans,
         pieces: Pieces,
         take: int,
         stride: int,
-        seed: int,
         stream: int,
         bad: BadData | None = None,
         watcher: Watcher | None = None,
@@ -69,8 +69,8 @@ class RowReader:
         Args:
             bad: counts what `pieces` skips.
         """
-        self._files, self._pieces, self._take, self._stride = files, pieces, take, stride
-        self._seed, self._stream, self._watcher = seed, stream, watcher
+        self._spans, self._pieces, self._take, self._stride = spans, pieces, take, stride
+        self._stream, self._watcher = stream, watcher
         self._bad = bad or BadData("stop", print)
         self._source: Generator[Piece] | None = None
         self.seek(START)
@@ -83,11 +83,11 @@ class RowReader:
         self._source = self._read(epoch, file, piece, skipped)
         self._buffer: deque[Piece] = deque()
         self._held = -self._used  # unused items in the buffer
-        self.visit = epoch * len(self._files) + file  # number of the current file, counted over all epochs
+        self.visit = self._visit(epoch, file)  # number of the current file; later ones have higher numbers
 
     def announce(self) -> None:
         """Tell the watcher about the next file before it is opened."""
-        self._notify(*divmod(self.visit, len(self._files)))
+        self._notify(*divmod(self.visit, len(self._spans.files)))
 
     @property
     def skipped(self) -> tuple[int, int]:
@@ -117,16 +117,17 @@ class RowReader:
             yield self._cut(min(self._take, self._held))
 
     def _read(self, epoch: int, first: int, offset: int, skipped: tuple[int, int]) -> Generator[Piece]:
-        found = first > 0 or offset > 0  # a whole epoch must hold something
+        found = first > 0 or offset > 0
         fruitless = -1 if found or epoch else 0  # files read before the very first row; -1: a row was found
+        empty, most = 0, 1 + FRUITLESS_ROUNDS * (self._spans.streams - 1)  # spans without a row, one after another
         rows, files = self._bad.rows - skipped[0], self._bad.files - skipped[1]
         while True:
-            order = permutation(len(self._files), self._seed, EPOCH, self._stream, epoch)
-            for index in range(first, len(order)):
-                self.visit = epoch * len(order) + index
+            parts = self._spans.parts(self._stream, epoch)
+            for index in range(first, len(parts)):
+                self.visit = self._visit(epoch, index)
                 self._notify(epoch, index)
                 before = (self._bad.rows - rows, self._bad.files - files)
-                for begin, items in self._pieces(self._files[order[index]], offset):
+                for begin, items in self._pieces(parts[index], offset):
                     if len(items):
                         found, fruitless = True, -1
                         skips = (self._bad.rows, self._bad.files)
@@ -135,24 +136,27 @@ class RowReader:
                         rows, files = rows + self._bad.rows - skips[0], files + self._bad.files - skips[1]
                     before = (self._bad.rows - rows, self._bad.files - files)
                 offset = 0
-                if fruitless >= 0 and (fruitless := fruitless + 1) == FRUITLESS_FILES < len(order):
-                    self._stop([self._files[number] for number in order[:FRUITLESS_FILES]])
-            if not found:
-                self._stop(self._files)
+                if fruitless >= 0 and (fruitless := fruitless + 1) == FRUITLESS_FILES < len(parts):
+                    self._stop(parts[:FRUITLESS_FILES])
+            empty = 0 if found else empty + 1
+            if empty == most:
+                self._stop(self._spans.files)
             found, first, epoch = False, 0, epoch + 1
 
     def _stop(self, files: Sequence[CorpusFile]) -> NoReturn:
         names = ", ".join(str(file.path) for file in files[:3])
         cause = f" ({self._bad.last})" if self._bad.last else ""
-        raise DataError(f"no data in {len(files)} file(s), {names}{cause}; fix or remove them, or lower data.streams")
+        raise DataError(f"no data in {len(files)} file(s), {names}{cause}; fix or remove them")
 
     def _notify(self, epoch: int, index: int) -> None:
         if self._watcher:
-            order = permutation(len(self._files), self._seed, EPOCH, self._stream, epoch)
-            coming = order[index : index + 2]
+            coming = self._spans.parts(self._stream, epoch)[index : index + 2]
             if len(coming) < 2:
-                coming += permutation(len(self._files), self._seed, EPOCH, self._stream, epoch + 1)[:1]
-            self._watcher.opens(self._stream, epoch * len(order) + index, [self._files[number] for number in coming])
+                coming += self._spans.parts(self._stream, epoch + 1)[:1]
+            self._watcher.opens(self._stream, self._visit(epoch, index), coming)
+
+    def _visit(self, epoch: int, index: int) -> int:
+        return epoch * len(self._spans.files) + index
 
     def _next_piece(self) -> Piece:
         assert self._source is not None

@@ -1,11 +1,12 @@
 """The order of the data: `data.streams` virtual streams (V), a pure function of files, settings and seed.
 
-Row j of the training sequence comes from stream j mod V, whatever the number of threads, processes or devices. Stream i
-owns files i, i + V, ... of a seeded order and reads them endlessly, each epoch in a new seeded order. Documents become
-`BOS text EOS` tokens, then rows of S + 1 tokens with stride S: a row's last token is the next row's first, so every
-token except a stream's first is a label once an epoch. Parquet rows are used as they are. Rows are shuffled within
-windows of `data.shuffle_window` rows. Tokens left over at the end of an epoch begin a row that continues into the next
-epoch; a window ends with the epoch in which its rows begin. With fewer files than V, each file is a stream.
+Row j of the training sequence comes from stream j mod V, whatever the number of threads, processes or devices. In each
+epoch the streams share the corpus evenly, in another way every time (`spans`), and each reads its spans endlessly.
+Documents become `BOS text EOS` tokens, then rows of S + 1 tokens with stride S: a row's last token is the next row's
+first, so every token except a stream's first is a label once an epoch. A document that is cut between two streams gets
+no token at the cut. Parquet rows are used as they are. Rows are shuffled within windows of `data.shuffle_window` rows.
+Tokens left over at the end of a span begin a row that continues into the next one; a window ends with the epoch in
+which its rows begin.
 
 A stream's state is the number of its window, the place where the window starts and the rows taken from it; restoring
 reads that window again.
@@ -20,11 +21,14 @@ from typing import Any
 import grain
 import numpy as np
 
-from jax_huginn.data.permutation import EPOCH, FILES, WINDOW, permutation
+from jax_huginn.data.permutation import WINDOW, permutation
 from jax_huginn.data.reader import Pieces, Place, RowReader, Watcher
 from jax_huginn.data.resume import local_part, require_same_order
 from jax_huginn.data.sources.bad_data import BadData
 from jax_huginn.data.sources.files import CorpusFile, DataError
+from jax_huginn.data.spans import Spans
+
+ORDER_VERSION = 2  # raise it whenever the same files, settings and seed give other rows
 
 
 class Stream:
@@ -124,44 +128,39 @@ class RowDataset(grain.IterDataset):
             DataError: `processes` does not divide the number of streams.
         """
         super().__init__()
-        self._files, self._pieces, self._take, self._stride = list(files), pieces, take, stride
+        if streams % processes:
+            raise DataError(
+                f"{processes} processes cannot share data.streams={streams}: set it to a multiple of their number"
+            )
+        self._spans = Spans(files, seed, streams)
+        self._pieces, self._take, self._stride = pieces, take, stride
         self._seed, self._window = seed, shuffle_window
         self._process, self._processes, self._bad, self._watcher = process, processes, bad, watcher
-        self._streams = min(streams, len(self._files))
-        if self._streams % processes:
-            few = f", one for each of the {len(self._files)} file(s)" if self._streams < streams else ""
-            raise DataError(
-                f"{processes} processes cannot share {self._streams} streams{few} (data.streams={streams}): provide "
-                "more files, or set data.streams to a multiple of the number of processes"
-            )
+        self._streams = streams
         digest = hashlib.sha256()
-        for file in self._files:
+        for file in files:
             size = file.path.stat().st_size if file.size is None else f"{file.size}\0{file.digest}"
             digest.update(f"{file.relative_path}\0{file.begin}\0{file.end}\0{size}\n".encode())
         self._order = {
+            "version": ORDER_VERSION,
             "seed": seed,
             "streams": self._streams,
             "shuffle_window": shuffle_window,
-            "files": f"{len(self._files)} files, {digest.hexdigest()[:16]}",
+            "files": f"{len(files)} files, {digest.hexdigest()[:16]}",
             **settings,
         }
 
-    def stream_files(self) -> dict[int, list[CorpusFile]]:
-        """The files of each of this process's streams."""
-        return {index: self._files_of(index) for index in range(self._process, self._streams, self._processes)}
-
-    def _files_of(self, stream: int) -> list[CorpusFile]:
-        order = permutation(len(self._files), self._seed, FILES)
-        return [self._files[number] for number in order[stream :: self._streams]]
+    @property
+    def owned(self) -> range:
+        """The streams that this process reads."""
+        return range(self._process, self._streams, self._processes)
 
     def _stream(self, index: int, pieces: Pieces, bad: BadData | None, watcher: Watcher | None) -> Stream:
-        files = self._files_of(index)
-        reader = RowReader(files, pieces, self._take, self._stride, self._seed, index, bad, watcher)
+        reader = RowReader(self._spans, pieces, self._take, self._stride, index, bad, watcher)
         return Stream(reader, self._window, self._seed, index)
 
     def __iter__(self) -> "RowIterator":
-        owned = range(self._process, self._streams, self._processes)
-        streams = [self._stream(index, self._pieces, self._bad, self._watcher) for index in owned]
+        streams = [self._stream(index, self._pieces, self._bad, self._watcher) for index in self.owned]
         return RowIterator(streams, self._order, self._process, self._processes)
 
     def locate(self, pieces: Pieces, position: dict[str, Any], row: int) -> str:
@@ -180,8 +179,7 @@ class RowDataset(grain.IterDataset):
         stream = self._stream(index, pieces, None, None)
         stream.set_state(position["streams"][index // processes])
         epoch, number, piece, item = stream.place(ahead=row // self._streams)
-        files = self._files_of(index)
-        file = files[permutation(len(files), self._seed, EPOCH, index, epoch)[number]]
+        file = self._spans.parts(index, epoch)[number]
         return f"{file.path}, row {piece + item}" if self._take == 1 else f"{file.path}, byte {piece}, token {item}"
 
 
@@ -223,6 +221,11 @@ class RowIterator(grain.DatasetIterator):
         Raises:
             DataError: the state belongs to another order.
         """
+        if state["order"].get("version") != ORDER_VERSION:
+            raise DataError(
+                "the checkpoint's data order was dealt by another version of this program: resume with that version, "
+                "or start a new run with --checkpoint.init_from"
+            )
         require_same_order(state["order"], self._order)
         part = local_part(state, self._process, self._processes)
         self._count, self._announced = part["rows"] // self._processes, False

@@ -13,7 +13,7 @@ import fcntl
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -50,18 +50,19 @@ class FileCache:
 
     # ---------------------------------------------------------------- what is read
 
-    def own(self, streams: Mapping[int, Sequence[CorpusFile]], held_out: Sequence[CorpusFile]) -> None:
-        """Counts what is there of this process's files. `DataError` where the capacity cannot hold what it needs."""
-        sizes = [sorted((file.size or 0 for file in files), reverse=True) for files in streams.values()]
-        need = sum(sum(each[:STREAM_FILES]) for each in sizes) + max((file.size or 0 for file in held_out), default=0)
+    def own(self, streams: int, training: Sequence[CorpusFile], held_out: Sequence[CorpusFile]) -> None:
+        """Counts which files are there. `DataError` where the capacity cannot hold what this process's streams need."""
+        sizes = sorted((file.size or 0 for file in training), reverse=True)
+        need = min(streams * sum(sizes[:STREAM_FILES]), sum(sizes))
+        need += max((file.size or 0 for file in held_out), default=0)
         if need > self._capacity:
             raise DataError(
-                f"data.cache_gb={self._capacity / 1e9:g} is too small: {len(streams)} streams, each with "
+                f"data.cache_gb={self._capacity / 1e9:g} is too small: {streams} streams, each with "
                 f"{STREAM_FILES} files at once, and a held-out file need {need / 1e9:.3g}: raise it or lower "
                 "data.streams"
             )
         found = []
-        for file in [*held_out, *(file for files in streams.values() for file in files)]:
+        for file in [*held_out, *training]:
             for path in (self._path(file.digest), self._part(file.digest)):
                 if file.digest not in self._sizes and path.exists():
                     status = path.stat()

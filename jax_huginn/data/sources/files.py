@@ -41,10 +41,12 @@ class CorpusFile:
     """Bytes of a file on the hub; None: ask the file system."""
     digest: str = ""
     """SHA-256, or git's SHA-1 of a small file, on the hub."""
+    share: tuple[int, int] | None = None
+    """A stream's part, in bytes from `begin`; None: all. Both cuts are moved to the next line end, or row."""
 
     @property
     def bytes_to_read(self) -> int:
-        """Its part's size."""
+        """Bytes from `begin` to `end`, whatever a stream's share of them."""
         whole = self.path.stat().st_size if self.size is None else self.size
         return (whole if self.end is None else self.end) - self.begin
 

@@ -9,7 +9,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -161,12 +161,12 @@ class HubFiles:
             fetch(repository, listing.commit, file, part, target, Patience(cache.pause, report))
 
         self._cache = cache = FileCache(folder, int(config.cache_gb * 1e9), get, report)
-        self._streams: dict[int, Sequence[CorpusFile]] = {}
+        self._streams: Sequence[int] = ()
 
-    def own(self, streams: Mapping[int, Sequence[CorpusFile]]) -> None:
+    def own(self, streams: Sequence[int]) -> None:
         """Declare the streams that this process reads; raises `DataError` if their files do not fit into the cache."""
-        self._streams = dict(streams)
-        self._cache.own(streams, self.held_out)
+        self._streams = streams
+        self._cache.own(len(streams), self.training, self.held_out)
 
     def opens(self, stream: int, visit: int, files: Sequence[CorpusFile]) -> None:
         """See `streams.Watcher`."""
@@ -192,9 +192,9 @@ class HubFiles:
             self._cache.saved(stream, first, last)
 
     def _visits(self, state: dict[str, Any]) -> Iterator[tuple[int, int, int]]:
-        streams = zip(self._streams.items(), state["streams"], state["reading"], strict=True)
-        for (stream, files), (_, epoch, file, *_), reading in streams:
-            yield stream, epoch * len(files) + file, reading
+        streams = zip(self._streams, state["streams"], state["reading"], strict=True)
+        for stream, (_, epoch, file, *_), reading in streams:
+            yield stream, epoch * len(self.training) + file, reading
 
     def close(self) -> None:
         """Stop fetching."""

@@ -25,7 +25,7 @@ def parquet_pieces(
         path: the file's location on this machine, if it is not `file.path`.
     """
     try:
-        for first, column in _columns(path or file.path, offset):
+        for first, column in _columns(file, path or file.path, offset):
             rows = _token_rows(file, first, column, length, vocab_size, bad)
             bad.read(len(rows))
             yield first, rows
@@ -41,8 +41,8 @@ class _UnusableError(Exception):
     """A file that is not a table of token rows."""
 
 
-def _columns(path: Path, offset: int) -> Iterator[tuple[int, Any]]:
-    """Yield (row number, Arrow list column of at most 64 rows) from row `offset` on.
+def _columns(file: CorpusFile, path: Path, offset: int) -> Iterator[tuple[int, Any]]:
+    """Yield (row number, Arrow list column of at most 64 rows) of a stream's share from row `offset` on.
 
     Every `OSError` raised has an error number, so it came from the system.
     """
@@ -55,17 +55,18 @@ def _columns(path: Path, offset: int) -> Iterator[tuple[int, Any]]:
                 raise _UnusableError(complaint)
             if not table.metadata.num_rows:
                 raise _UnusableError("has no rows")
-            first = 0
+            low, high = _share(file, table.metadata.num_rows)
+            offset, first = max(offset, low), 0
             for group in range(table.num_row_groups):
                 end = first + table.metadata.row_group(group).num_rows
-                if end > offset:
+                if offset < end and first < high:
                     # One group at a time, so that pieces begin at the same rows wherever reading starts, and a damaged
                     # group always costs the same rows.
                     for batch in table.iter_batches(PIECE_ROWS, row_groups=[group], columns=["input_ids"]):
                         batch = batch[: end - first]  # a damaged file may contain more rows than it declares
                         begin = max(offset - first, 0)
-                        if begin < len(batch):
-                            yield first + begin, batch.column(0)[begin:]
+                        if begin < min(len(batch), high - first):
+                            yield first + begin, batch.column(0)[begin : high - first]
                         first += len(batch)
                 first = end
     except _UnusableError:
@@ -74,6 +75,12 @@ def _columns(path: Path, offset: int) -> Iterator[tuple[int, Any]]:
         if isinstance(error, OSError) and error.errno:
             raise
         raise _UnusableError(f"cannot be read as parquet: {_first_line(error)}") from None
+
+
+def _share(file: CorpusFile, rows: int) -> tuple[int, int]:
+    """The first row of a stream's part, and the row after its last: those at its share of the bytes."""
+    low, high = (each * rows // max(file.bytes_to_read, 1) for each in file.share or (0, file.bytes_to_read))
+    return low, high if file.share else rows
 
 
 def _first_line(error: BaseException) -> str:

@@ -45,9 +45,10 @@ def text_pieces(file: CorpusFile, offset: int = 0, *, bad: BadData) -> Iterator[
         encoding, mark = _encoding(stream)
         if jsonl and encoding != "utf-8":
             return bad.file(file, f"is {encoding[:6].upper()}, but JSON lines must be UTF-8")
-        end = stream.seek(0, os.SEEK_END) if file.end is None else file.end
+        last = stream.seek(0, os.SEEK_END) if file.end is None else file.end
         first = max(file.begin, mark)
-        offset = max(offset, first)
+        begin, end = _share(file, first, last)
+        offset = max(offset, begin)
         while offset < end:
             stream.seek(offset)
             if jsonl:
@@ -57,16 +58,25 @@ def text_pieces(file: CorpusFile, offset: int = 0, *, bad: BadData) -> Iterator[
                 after = offset + len(raw)
                 if complaint := _complaint(raw, offset, encoding):
                     return bad.file(file, complaint)
-                documents = [Document(raw.decode(encoding), begins=offset == first, ends=after >= end)]
+                documents = [Document(raw.decode(encoding), begins=offset == first, ends=after >= last)]
             yield offset, documents
             offset = after
     return bad.finished(file)
 
 
+def _share(file: CorpusFile, first: int, last: int) -> tuple[int, int]:
+    """Where a stream's part of the bytes from `first` to `last` begins and ends."""
+    if file.share is None:
+        return first, last
+    low, high = (file.begin + each for each in file.share)
+    begin = min(line_end(file.path, low), last) if file.share[0] else first
+    return begin, last if high >= last else min(line_end(file.path, high), last)
+
+
 def line_end(path: Path, offset: int) -> int:
     """The end of the line that contains byte `offset` - 1; in a line longer than a piece, a space or a character's end.
 
-    Here a file is cut in two. Lines of .jsonl files are never cut.
+    Here a file may be cut. Lines of .jsonl files are never cut.
     """
     if offset <= 0:
         return 0
