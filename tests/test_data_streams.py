@@ -36,8 +36,8 @@ class Pieces:
         self.contents, self.reads = contents, 0
 
     def __call__(self, file: CorpusFile, offset: int) -> Iterator[tuple[int, np.ndarray]]:
-        begin, end = file.share or (0, len(self.contents[file.relative_path]))
-        for begin in range(max(offset, begin), end, PIECE):
+        first, end = file.share or (0, len(self.contents[file.relative_path]))
+        for begin in range(max(offset, first), end, PIECE):
             self.reads += 1
             yield begin, self.contents[file.relative_path][begin : min(begin + PIECE, end)]
 
