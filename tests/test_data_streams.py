@@ -207,7 +207,6 @@ def test_states_are_small_and_refused_by_another_order(packed: tuple[list[Corpus
         ("seed", dataset(files, pieces, seed=1)),
         ("streams", dataset(files, pieces, streams=2)),
         ("shuffle_window", dataset(files, pieces, window=6)),
-        ("files", dataset(files[:-1], pieces)),
     ):
         with pytest.raises(DataError, match=f"has {name}=") as error:
             iter(other).set_state(state)

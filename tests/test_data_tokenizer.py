@@ -17,8 +17,8 @@ from jax_huginn.data.tokenizer import (
     load_tokenizer,
     save_tokenizer,
     token_bytes,
+    tokenizer_digest,
     train_tokenizer,
-    vocabulary_digest,
     vocabulary_size,
 )
 
@@ -57,8 +57,8 @@ def test_vocabulary_has_exactly_the_size_asked_for(tokenizer: PreTrainedTokenize
 def test_training_again_gives_the_same_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
     again = train_tokenizer(iter(CORPUS), 600)
     assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
-    assert vocabulary_digest(again) == vocabulary_digest(tokenizer)
-    assert vocabulary_digest(train_tokenizer(CORPUS, 601)) != vocabulary_digest(tokenizer)
+    assert tokenizer_digest(again) == tokenizer_digest(tokenizer)
+    assert tokenizer_digest(train_tokenizer(CORPUS, 601)) != tokenizer_digest(tokenizer)
 
 
 def test_saved_folder_loads_with_auto_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "jax_huginn/model": {"config", "ops", "parallel", "model"},
     "jax_huginn/cost": {"config", "ops", "parallel", "model", "training", "cost"},
     "jax_huginn/reporting": {"config", "files", "model", "reporting"},
-    "jax_huginn/data": {"config", "data"},
+    "jax_huginn/data": {"config", "files", "data"},
     "jax_huginn/data/sources": {"config", "data"},
     "jax_huginn/interop": {"config", "files", "ops", "model", "interop"},
     "jax_huginn/checkpoints": {"config", "files", "parallel", "model", "interop", "data", "checkpoints"},

@@ -18,7 +18,7 @@ from jax_huginn.config.schema import Config
 from jax_huginn.files import whole_file
 
 # What a run writes: files, and folders with a pattern of what it puts into them.
-OWN_FILES = ("metrics.jsonl", "config.json", "wandb_id", "hub_files.json")
+OWN_FILES = ("metrics.jsonl", "config.json", "wandb_id", "hub_files.json", "data_files.json")
 OWN_FOLDERS = {
     "checkpoints": r"\d+(\.damaged(-\d+)?)?|\.unfinished",
     "tensorboard": r"events\..*",
@@ -84,7 +84,7 @@ def open_run_folder(config: Config, say: Callable[[str], None] = print) -> Path:
             f"run_dir={folder} holds imported weights and no optimiser state to resume from: start another --run_dir "
             f"from them with --checkpoint.init_from {folder}"
         )
-    elif file.exists() and (changed := changes(_read(file), config)):
+    elif file.exists() and (changed := changes(_read(file), config, begun)):
         text = "; ".join(map(str, changed))
         acceptable = all(change.may_be_accepted for change in changed)
         if not begun:

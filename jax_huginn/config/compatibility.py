@@ -21,6 +21,8 @@ MAY_CHANGE_FIELDS = (
     "parallel.process_id",
     "parallel.heartbeat_seconds",
 )
+# Of these the content is compared, see `data.contents`: a folder may be moved, or its path spelled otherwise.
+COMPARED_BY_CONTENT = ("data.path", "data.validation_path", "data.tokenizer")
 # What `checkpoint.accept_changes` lets a run change: how it is trained from here on, but neither what it is made of nor
 # the optimiser's state.
 MAY_BE_ACCEPTED = (
@@ -61,18 +63,21 @@ class Change(NamedTuple):
         return f"{self.name} was {self.before!r}, now {self.after!r}"
 
 
-def changes(old: Config, new: Config) -> list[Change]:
+def changes(old: Config, new: Config, begun: bool = True) -> list[Change]:
     """The fields that a run may not change without a word when it resumes.
+
+    Before it has `begun`, saved a checkpoint, there is no content to compare, so those fields count too.
 
     The mesh only spreads the work, so all of `parallel` may change, unless tokens are dropped: which ones are dropped
     depends on it.
     """
     drops = "all_to_all" in (old.parallel.dispatch, new.parallel.dispatch)
     sections = MAY_CHANGE_SECTIONS if drops else (*MAY_CHANGE_SECTIONS, "parallel")
+    fields = (*MAY_CHANGE_FIELDS, *COMPARED_BY_CONTENT) if begun else MAY_CHANGE_FIELDS
     return [
         Change(name, before, after)
         for name, before, after in _differences(old, new)
-        if name.split(".")[0] not in sections and name not in MAY_CHANGE_FIELDS
+        if name.split(".")[0] not in sections and name not in fields
     ]
 
 
@@ -80,10 +85,12 @@ def describe_may_change() -> str:
     """The sentence that the documentation gives on what may change when a run resumes."""
     sections = ", ".join(f"`{name}`" for name in MAY_CHANGE_SECTIONS)
     fields = ", ".join(f"`{name}`" for name in MAY_CHANGE_FIELDS if not name.startswith("parallel."))
+    contents = ", ".join(f"`{name}`" for name in COMPARED_BY_CONTENT)
     accepted = ", ".join(f"`{name}`" for name in MAY_BE_ACCEPTED)
     return (
         f"When a run resumes, these may change: all of {sections}; all of `parallel`, unless its dispatch drops "
-        f"tokens; and {fields}. With `--checkpoint.accept_changes true` so may {accepted}; what changed is "
+        f"tokens; {contents}, if the content is the same; and {fields}. "
+        f"With `--checkpoint.accept_changes true` so may {accepted}; what changed is "
         "printed. Any other change is refused by name."
     )
 

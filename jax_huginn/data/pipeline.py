@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jax_huginn.config.schema import Config
+from jax_huginn.data.contents import Contents, contents_of
 from jax_huginn.data.permutation import permutation
 from jax_huginn.data.rows import batch_of, batch_with_groups
 from jax_huginn.data.sources import corpus
@@ -26,8 +27,8 @@ from jax_huginn.data.tokenizer import (
     load_tokenizer,
     save_tokenizer,
     token_bytes,
+    tokenizer_digest,
     train_tokenizer,
-    vocabulary_digest,
     vocabulary_size,
 )
 
@@ -55,12 +56,17 @@ class TrainBatches:
         batches: "grain.DatasetIterator[dict[str, np.ndarray]]",
         hub: "HubFiles | None" = None,
         locate: Callable[[dict[str, Any], int], str] | None = None,
+        keep: Callable[[], None] = lambda: None,
+        check: Callable[[dict[str, Any]], None] = lambda order: None,
     ) -> None:
         """
         Args:
             locate: (position before a batch, row in it) -> its file and place, see `RowDataset.locate`.
+            keep: called before the first batch: writes into the run folder what the data are.
+            check: called with the order of a position before resuming there, see `Contents.check`.
         """
         self._batches, self._hub, self._locate = batches, hub, locate
+        self._keep, self._check, self._kept = keep, check, False
         self._begins: deque[dict[str, Any]] = deque(maxlen=LOCATABLE)
         self.skipped: dict[str, int] = {}
         """Nonzero counts of rows and files skipped so far, up to the shuffle windows the last batch came from."""
@@ -69,6 +75,9 @@ class TrainBatches:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
+        if not self._kept:
+            self._kept = True
+            self._keep()
         self._begins.append(self.position)
         batch = next(self._batches)
         state = self.position
@@ -99,6 +108,7 @@ class TrainBatches:
 
     def set_state(self, position: dict[str, Any]) -> None:
         """Resume exactly after the batch where `position`, whole or this process's part, was read."""
+        self._check(position["order"])
         self._batches.set_state(position)
 
     def close(self) -> None:
@@ -162,14 +172,15 @@ def build_data(
     else:
         training, held_out = corpus(config.data, report)
     tokenizer = _tokenizer(config, training, tokenizer_dir, report)
+    contents = contents_of(training, held_out, tokenizer_digest(tokenizer) if tokenizer else "")
     length = config.train.sequence_length
-    settings: dict[str, Any] = {"sequence_length": length}
+    settings: dict[str, Any] = {"sequence_length": length, **contents.order()}
     if config.data.source in ("parquet", "hub"):
         take, stride = 1, 1
     else:
         assert tokenizer is not None
         take, stride = length + 1, length
-        settings["tokenizer"] = vocabulary_digest(tokenizer)
+        settings["tokenizer"] = contents.tokenizer
 
     def pieces(bad: BadData, held_out: bool) -> "Pieces":
         if tokenizer is not None and take > 1:
@@ -203,7 +214,13 @@ def build_data(
     train = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=config.data.prefetch)
     return Data(
         tokenizer=tokenizer,
-        train=TrainBatches(iter(train), hub, partial(rows.locate, pieces(uncounted, held_out=False))),
+        train=TrainBatches(
+            iter(train),
+            hub,
+            partial(rows.locate, pieces(uncounted, held_out=False)),
+            partial(_keep, config, contents, tokenizer, tokenizer_dir) if process == 0 else lambda: None,
+            lambda order: contents.check(order, tokenizer_dir.parent),
+        ),
         validation=validation,
         token_bytes=token_bytes(tokenizer, config.model.vocab_size) if tokenizer and is_byte_level(tokenizer) else None,
     )
@@ -244,6 +261,16 @@ def _generated(config: Config, tokenizer_dir: Path, process: int, processes: int
         validation=[batch_with_groups(held_out[begin : begin + size], length) for begin in range(0, wanted, size)],
         token_bytes=None,
     )
+
+
+def _keep(config: Config, contents: Contents, tokenizer: "PreTrainedTokenizerFast | None", folder: Path) -> None:
+    """Write what the data are into the run folder; not earlier, or a resume that is refused would overwrite it."""
+    try:
+        contents.write(folder.parent)
+        if tokenizer and config.data.tokenizer and tokenizer_digest(load_tokenizer(str(folder))) != contents.tokenizer:
+            save_tokenizer(tokenizer, folder)
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be written: {error.strerror}") from None
 
 
 def _token_pieces(tokenizer: "PreTrainedTokenizerFast", bad: BadData) -> "Pieces":
@@ -287,7 +314,7 @@ def _tokenizer(
     size = vocabulary_size(tokenizer)
     if size > vocab_size:
         raise DataError(f"the tokenizer {name} has {size} tokens, more than model.vocab_size={vocab_size}: raise it")
-    if name != str(folder):
+    if not (folder / "tokenizer.json").exists():
         save_tokenizer(tokenizer, folder)
     return tokenizer
 

@@ -14,7 +14,6 @@ reads that window again.
 Process p of P owns the streams i with i mod P = p and returns the rows j with j mod P = p, so P must divide V.
 """
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -122,7 +121,8 @@ class RowDataset(grain.IterDataset):
     ) -> None:
         """
         Args:
-            settings: everything else that fixes the order; a state with other settings is refused.
+            settings: everything else that fixes the order, the contents of the files too; a state with other settings
+                is refused.
 
         Raises:
             DataError: `processes` does not divide the number of streams.
@@ -137,16 +137,11 @@ class RowDataset(grain.IterDataset):
         self._seed, self._window = seed, shuffle_window
         self._process, self._processes, self._bad, self._watcher = process, processes, bad, watcher
         self._streams = streams
-        digest = hashlib.sha256()
-        for file in files:
-            size = file.path.stat().st_size if file.size is None else f"{file.size}\0{file.digest}"
-            digest.update(f"{file.relative_path}\0{file.begin}\0{file.end}\0{size}\n".encode())
         self._order = {
             "version": ORDER_VERSION,
             "seed": seed,
             "streams": self._streams,
             "shuffle_window": shuffle_window,
-            "files": f"{len(files)} files, {digest.hexdigest()[:16]}",
             **settings,
         }
 

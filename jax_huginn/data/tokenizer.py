@@ -125,9 +125,19 @@ def vocabulary_size(tokenizer: "PreTrainedTokenizerFast") -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def vocabulary_digest(tokenizer: "PreTrainedTokenizerFast") -> str:
-    """A short hash of all tokens and their ids."""
-    return hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()[:16]
+def tokenizer_digest(tokenizer: "PreTrainedTokenizerFast") -> str:
+    """A short hash of all that decides which tokens a text becomes: vocabulary, merges, normalisation, splitting."""
+    settings = _settings(tokenizer)
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in settings["model"].get("merges", ())]
+    added = [(token["id"], token["content"], token["special"]) for token in settings["added_tokens"]]
+    decisive = [
+        tokenizer.get_vocab(),
+        merges,  # written as "a b" or ["a", "b"], depending on the library's version
+        added,
+        [settings[name] for name in ("normalizer", "pre_tokenizer")],
+        [tokenizer.bos_token_id, tokenizer.eos_token_id],
+    ]
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _settings(tokenizer: "PreTrainedTokenizerFast") -> dict[str, Any]:
