@@ -1,5 +1,6 @@
 """From a config to batches: the tokenizer, the endless training iterator and the fixed validation batches."""
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -162,7 +163,7 @@ def build_data(
             f"sequence(s) at once, which {processes} processes cannot share evenly"
         )
     if config.data.source == "generated":
-        return _generated(config, tokenizer_dir, process, processes)
+        return _generated(config, tokenizer_dir, report, process, processes)
     hub = None
     if config.data.source == "hub":
         from jax_huginn.data.sources.hub import HubFiles
@@ -226,7 +227,9 @@ def build_data(
     )
 
 
-def _generated(config: Config, tokenizer_dir: Path, process: int, processes: int) -> Data:
+def _generated(
+    config: Config, tokenizer_dir: Path, report: Callable[[str], None], process: int, processes: int
+) -> Data:
     """The data of a task whose rows are made as they are needed."""
     import grain
 
@@ -239,7 +242,7 @@ def _generated(config: Config, tokenizer_dir: Path, process: int, processes: int
             f"train.sequence_length={length} is too short for data.task={data.task}: an example of difficulty "
             f"{max(data.difficulty, data.test_difficulty)} has {needed} tokens"
         )
-    tokenizer = _tokenizer(config, [], tokenizer_dir)
+    tokenizer = _tokenizer(config, [], tokenizer_dir, report)
     rows = GeneratedRows(
         data.task,
         length=length,
@@ -310,7 +313,10 @@ def _tokenizer(
     elif (folder / "tokenizer.json").exists():
         name, tokenizer = str(folder), load_tokenizer(str(folder))
     else:
+        report(f"training a tokenizer of {vocab_size} tokens")
+        began = time.perf_counter()
         tokenizer = train_tokenizer(_sample(training), vocab_size)
+        report(f"trained it in {time.perf_counter() - began:.1f} s")
     size = vocabulary_size(tokenizer)
     if size > vocab_size:
         raise DataError(f"the tokenizer {name} has {size} tokens, more than model.vocab_size={vocab_size}: raise it")

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
 def token_array(name: str, tokens: Any, rows: int, ignored: int | None = None) -> jax.Array:
@@ -25,7 +26,7 @@ def token_array(name: str, tokens: Any, rows: int, ignored: int | None = None) -
         raise ValueError(
             f"{name} must be integers of shape (batch, sequence), not {array.dtype} of shape {tuple(array.shape)}"
         )
-    if not isinstance(array, jax.core.Tracer):
+    if not isinstance(array, Tracer):
         ids = np.asarray(array)
         wrong = ids[((ids < 0) | (ids >= rows)) & (ids != ignored)]
         if wrong.size:
