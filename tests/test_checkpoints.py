@@ -137,7 +137,7 @@ sums = {int(checksum(jax.device_put(array, NamedSharding(mesh, PartitionSpec(*sp
         for spec in ((), ("a",), ("b", None, "a"), (("a", "b"),))}
 assert sums == {int(checksum(array))}, sums
 """
-    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"}
     subprocess.run([sys.executable, "-c", program], env=os.environ | environment, cwd=ROOT, check=True)
 
 

@@ -46,10 +46,7 @@ def start(hub: HubServer, folder: Path, run: str, *options: str) -> subprocess.P
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "HF_ENDPOINT": hub.endpoint,
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
         "HF_TOKEN": "hf_verysecrettoken",
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     command = [sys.executable, "train_jax.py", "--config", str(preset), "--run_dir", str(folder / run), *options]
     output = (folder / f"{run}.log").open("a")

@@ -49,7 +49,6 @@ def draw(config, seed, step, micro_batches, true=loop.sample_depths):
 loop.sample_depths = draw
 run_verb(lambda: loop.train(parse_config(sys.argv[1:])))
 """
-XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +66,7 @@ def start(preset: Path, run_dir: Path, *arguments: str, devices: int = 1, script
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {XLA_FLAGS}",
-        "JAX_COMPILATION_CACHE_DIR": str(preset.parent / "cache"),  # what one test compiled another need not
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {os.environ['XLA_FLAGS']}",
     }
     line = [sys.executable, *(script or (str(ROOT / "train_jax.py"),)), "--config", str(preset)]
     return subprocess.Popen(
