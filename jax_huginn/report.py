@@ -13,7 +13,7 @@ from jax_huginn.visualization import evaluation_charts, overview, run_charts
 from jax_huginn.visualization.page import notices, write_page
 from jax_huginn.visualization.paper import write_plots
 from jax_huginn.visualization.records import Run, read_run
-from jax_huginn.visualization.results import read_baseline, read_results
+from jax_huginn.visualization.results import merged, read_baseline, read_results
 from jax_huginn.visualization.thinning import POINTS
 
 
@@ -41,7 +41,8 @@ def report(
     faults = [fault for run in runs for fault in run.faults] + [each.note for each in evaluations if each.note]
     for fault in faults:
         print(f"warning: {fault}", file=sys.stderr)
-    sections = [*run_charts.sections(runs), *evaluation_charts.sections(evaluations)]
+    sections = run_charts.sections(runs)
+    sections[1:1] = evaluation_charts.sections(merged(evaluations))
     lines = list(faults)
     if max(run.steps("step").size for run in runs) > POINTS:
         lines.append(

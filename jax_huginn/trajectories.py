@@ -56,7 +56,7 @@ def main() -> None:
     about = f"{source.path}, {recurrence} recurrences, {len(seen.tokens)} tokens"
     head = (
         f"<h1>{escape(model_name(source.path))}</h1>\n<p class='soft'>{escape(about)}</p>\n"
-        f"<p class='card' style='white-space: pre-wrap'>{escape(options.prompt)}</p>"
+        f"<p class='card' style='margin-top: 12px; white-space: pre-wrap'>{escape(options.prompt)}</p>"
     )
     sections = trajectory_charts.sections(seen)
     write_page(options.out, "Trajectories", head, sections, {})

@@ -123,6 +123,17 @@ def test_figures_for_papers_show_what_the_page_shows(tmp_path):
         assert (tmp_path / f"{chart.key}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_results_of_one_model_in_several_files_share_a_curve(tmp_path):
+    """Depths and criteria come from separate calls. The same score twice, as by the twin, has a curve of its own."""
+    run = make_run(tmp_path / "moe")
+    one = {"task": {"acc,none": 0.5}}
+    results = [{"1": one}, {"4": one, "kl": one}, {"1": one}]
+    files = [make_results(tmp_path / f"{i}.json", run, results=each) for i, each in enumerate(results)]
+    report([run], files, [], tmp_path / "page.html", None)
+    curves = {trace["name"]: numbers(trace["x"]) for trace in figures_of(tmp_path / "page.html")["score_acc"]["data"]}
+    assert curves == {"task · moe step 40": [1, 4], "task · moe step 40'": [1]}
+
+
 def test_several_runs_share_charts_and_their_differences_are_listed(tmp_path):
     runs = [make_run(tmp_path / "a", steps=200, seed=1), make_run(tmp_path / "b<i>", seed=2)]
     out = tmp_path / "page.html"

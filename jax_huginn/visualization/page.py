@@ -81,7 +81,7 @@ def _figure(chart: Chart) -> str:
             f'<button data-chart="{chart.key}" data-axis="{name}" aria-pressed="{json.dumps(axis.log)}">{text}</button>'
             for name, text, axis in axes
         )
-    caption = f"<figcaption>{escape(chart.note)}</figcaption>" if chart.note else ""
+    caption = f"<figcaption>{escape(chart.note.replace('`', ''))}</figcaption>" if chart.note else ""
     wide = ' class="wide"' if chart.wide or isinstance(chart, HeatMap) else ""
     return (
         f"<figure{wide}><header><h3>{escape(chart.title)}</h3><span>{buttons}</span></header>"

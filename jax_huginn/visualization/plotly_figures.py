@@ -32,9 +32,18 @@ def _(chart: Lines) -> go.Figure:
             value, line={"color": MARK, "width": 1, "dash": "dot"}, annotation_text=_shown(name),
             annotation_font={"size": 11, "color": MARK}, annotation_position="bottom right",
         )  # fmt: skip
+    if chart.y.log and _decades(chart) > 2:  # or plotly labels the digits between the powers of ten
+        drawn.update_yaxes(dtick=1)
     hovered = any(series.hover for series in chart.series)
     drawn.update_layout(hovermode="closest" if hovered else "x unified", height=chart.height)
     return _trimmed(drawn, any(series.name for series in chart.series))
+
+
+def _decades(chart: Lines) -> float:
+    """Powers of ten between the smallest and the largest positive value."""
+    values = np.concatenate([series.y for series in chart.series])
+    values = values[np.isfinite(values) & (values > 0)]
+    return float(np.log10(values.max() / values.min())) if values.size else 0.0
 
 
 def _curve(series: Series) -> go.Scatter:

@@ -60,6 +60,22 @@ def read_baseline(file: Path) -> Evaluation:
     return Evaluation(model_name(Path(content["source"])), _scores(file, content))
 
 
+def merged(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """Files of the same model as one, as of depths and of exit criteria; apart where both have the same score."""
+    found: dict[str, Evaluation] = {}
+    for each in evaluations:
+        name = each.name
+        while name in found and _keys(found[name]) & _keys(each):
+            name += "'"
+        scores = [*found[name].scores, *each.scores] if name in found else each.scores
+        found[name] = Evaluation(name, scores, each.note)
+    return list(found.values())
+
+
+def _keys(evaluation: Evaluation) -> set[tuple[str, str, str]]:
+    return {(score.depth, score.task, score.metric) for score in evaluation.scores}
+
+
 def _content(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
