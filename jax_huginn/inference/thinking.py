@@ -38,9 +38,9 @@ class Thought(NamedTuple):
     """After the last recurrence."""
     steps_B: jax.Array
     """Recurrences used."""
-    used: jax.Array
-    """Recurrences that all tokens of the call used together."""
-    computed: jax.Array
+    used_B: jax.Array
+    """Recurrences that the row's tokens used together."""
+    computed_B: jax.Array
     """Recurrences that were computed for them: exited, finished and padded tokens are computed along."""
 
 
@@ -97,8 +97,8 @@ def think_prompts(
         logits_BV=model.head(y_B1D)[:, 0],
         state_B1D=state_B1D,
         steps_B=jnp.take_along_axis(end.steps_BS, last_B11[:, 0], axis=1)[:, 0],
-        used=jnp.sum(end.steps_BS, dtype=jnp.int32),
-        computed=end.step * (rows * length),
+        used_B=jnp.sum(end.steps_BS, axis=1, dtype=jnp.int32),
+        computed_B=jnp.full(rows, end.step * length),
     )
 
 
@@ -132,8 +132,8 @@ def think_tokens(
         cache = cache._replace(core=caches.fill_deeper(cache.core, index_B, jnp.maximum(steps_B, 1)))
     _, y_B1D, kept = model.read_out(end.state_BSD, at, cache)
     assert kept is not None
-    used = jnp.sum(steps_B, dtype=jnp.int32)
-    return Thought(kept, model.head(y_B1D)[:, 0], end.state_BSD, steps_B, used, end.step * len(token_B))
+    computed_B = jnp.broadcast_to(end.step, steps_B.shape)
+    return Thought(kept, model.head(y_B1D)[:, 0], end.state_BSD, steps_B, steps_B, computed_B)
 
 
 def _until_done(
