@@ -97,7 +97,8 @@ def load_tokenizer(source: str, option: str) -> Any:
             raise UserError(f"{option} {source}: no such folder")
         go_offline_without_network()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        # A tokenizer needs no code from beside it, and without this the user is asked whether the model's may run.
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # whatever a broken folder made its parts raise
         raise UserError(f"{option} {source}: no tokenizer ({first_line(error)})") from None
     if tokenizer.eos_token_id is None:

@@ -83,6 +83,9 @@ class Writer:
             sampling=settings.sampling, seeds=seeds, stop_tokens=self.stop_tokens, on_tokens=on_tokens,
             tokens_per_call=16 if show is None else 1, devices=self.devices,
         )  # fmt: skip
+        for text, result in zip(texts, results, strict=True):
+            if len(result.tokens) > len(text.tokens):  # interrupted before they were handed over
+                text.add(result.tokens[len(text.tokens) :])
         if show is not None:
             show(texts[0].unseen(last=True))
         return results, totals, [text.text for text in texts]

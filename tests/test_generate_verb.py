@@ -83,6 +83,7 @@ def test_a_stream_and_a_conversation_write_what_a_file_gets(folder, tmp_path, ca
     captured = capsys.readouterr()
     assert captured.out.startswith(texts[0] + "\n")
     errors = captured.err.splitlines()
+    assert "8 tokens; " in errors[0]
     assert "exit 'kll' is not a criterion" in errors[1]
     assert "/r takes one value" in errors[2]
     assert "mean steps 2.0" in errors[3]
@@ -93,21 +94,23 @@ def test_an_interrupted_file_and_stream_keep_what_was_made(folder, tmp_path, cap
 
     def interrupted(text, tokens):
         calls.append(tokens)
-        if len(calls) > 5:
+        if len(calls) == 8:
             raise KeyboardInterrupt
         return add(text, tokens)
 
     monkeypatch.setattr(writing.Text, "add", interrupted)
     with pytest.raises(SystemExit, match="130"):
-        verb.main(command(folder, "--prompt", PROMPTS[0]))
-    assert len(capsys.readouterr().out) > 1
+        verb.main(command(folder, "--prompt", PROMPTS[0], "--max_new_tokens", "20"))
+    streamed = capsys.readouterr().out.rstrip("\n")
     calls.clear()
     with pytest.raises(SystemExit, match="130"):
         ask(folder, tmp_path, "--batch_size", "1", "--max_new_tokens", "64")
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert rows[-1]["finish_reason"] == "interrupted"
-    assert 0 < len(rows[-1]["tokens"]) < 64
-    assert f"holds {len(rows)} of 3 texts" in capsys.readouterr().err
+    assert [row["finish_reason"] for row in rows] == ["interrupted", "length"]  # the longest prompt was first
+    assert [len(row["tokens"]) for row in rows] == [33, 64]
+    assert len(streamed) > 1
+    assert rows[0]["text"].startswith(streamed)
+    assert "holds 2 of 3 texts" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
