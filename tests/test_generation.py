@@ -1,48 +1,23 @@
 """Cached generation is the uncached model; rows do not depend on their batch; policies and exits do what they say."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jax_huginn.config.checks import UserError
-from jax_huginn.inference import Exit, Sampling, generate
-from jax_huginn.model.huginn import MoEHuginnModel
-from tests.support import small_config
-
-FLOAT64 = {"dtype": "float64", "param_dtype": "float64"}
-KINDS = {
-    "dense": {"moe": {"experts": 0}},
-    "injection": {"moe": {"placement": "injection"}},
-    "core": {"moe": {"placement": "core"}},
-    "grouped heads": {"moe": {"experts": 0}, "model": {"kv_heads": 2}},
-}
+from jax_huginn.inference import Exit, Sampling, decode, generate
+from tests.generation_oracle import generate_plainly
+from tests.generation_support import KINDS, model_of, prompts_of, uncached
 
 
-def model_of(kind: str = "dense", dtype: str = "float64") -> MoEHuginnModel:
-    sections = KINDS[kind]
-    types = {"dtype": dtype, "param_dtype": dtype}
-    model = MoEHuginnModel(small_config(**{**sections, "model": sections.get("model", {}) | types}))
-    rng = np.random.default_rng(1)
-    for block in (*model.prelude, *model.core, *model.coda):  # a bias of zero would hide a mistake
-        bias = block.attn.qk_bias
-        bias[...] = jnp.asarray(0.5 * rng.standard_normal(bias[...].shape), bias[...].dtype)
-    return model
-
-
-def prompts_of(*lengths: int) -> list[list[int]]:
-    rng = np.random.default_rng(0)
-    return [rng.integers(0, 96, length).tolist() for length in lengths]
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-5)])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "dtype", "tolerance"),
+    [*((kind, "float64", 1e-10) for kind in KINDS), ("dense", "float32", 1e-5), ("core", "float32", 1e-5)],
+)
 def test_cached_equals_uncached(kind, dtype, tolerance):
     """Greedy tokens, and their log-probabilities by one pass over the whole text."""
     model, recurrence = model_of(kind, dtype), 5
     (row,), totals = generate(model, prompts_of(40), max_new_tokens=12, recurrence=recurrence)
-    text = jnp.asarray([row.prompt + row.tokens])
-    logits = np.asarray(model(text[:, :-1], (recurrence, 0)).logits[0, 39:], np.float64)
-    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    log_p = uncached(model, (row.prompt + row.tokens)[:-1], recurrence)[39:]
     assert row.tokens == log_p.argmax(-1).tolist()
     np.testing.assert_allclose(row.logprobs, log_p.max(-1), rtol=tolerance, atol=tolerance)
     assert row.steps == [recurrence] * 12
@@ -50,16 +25,59 @@ def test_cached_equals_uncached(kind, dtype, tolerance):
     assert totals.used == totals.computed == 11 * recurrence  # the last token is not computed
 
 
-@pytest.mark.parametrize("exit", [None, Exit("latent-diff", 0.2), Exit("kl", 1e-3)], ids=["fixed", "state", "kl"])
-def test_a_row_alone_is_the_row_in_its_batch(exit):
-    """Eight ragged prompts with different exits, sampled with seeds of their own."""
-    model, prompts = model_of("injection"), prompts_of(3, 40, 17, 1, 33, 8, 64, 25)
-    options = {"max_new_tokens": 6, "recurrence": 8, "exit": exit, "sampling": Sampling(temperature=0.8)}
-    together, _ = generate(model, prompts, seeds=range(8), **options)
-    for seed in (0, 2, 6):
-        (alone,), _ = generate(model, [prompts[seed]], seeds=[seed], **options)
-        assert (alone.tokens, alone.steps) == (together[seed].tokens, together[seed].steps)
-        np.testing.assert_allclose(alone.logprobs, together[seed].logprobs, rtol=1e-10)
+@pytest.mark.parametrize(
+    ("exit", "sampling"),
+    [
+        (None, Sampling(temperature=0.8, top_p=0.95)),
+        (Exit("latent-diff", 0.4), None),
+        (Exit("kl", 0.03), Sampling(temperature=0.8)),
+    ],
+    ids=["fixed, sampled", "state, greedy", "kl, sampled"],
+)
+def test_a_row_alone_is_the_row_in_its_batch(exit, sampling, monkeypatch):
+    """Eight ragged prompts with different exits; two of them also alone without any padding."""
+    model, lengths = model_of("injection"), (3, 40, 17, 1, 33, 8, 64, 25)
+    prompts = prompts_of(*lengths)
+    options = {"max_new_tokens": 6, "recurrence": 8, "exit": exit, "sampling": sampling}
+    together, totals = generate(model, prompts, seeds=range(8), **options)
+    if exit is not None:
+        assert len({tuple(row.steps) for row in together}) > 3
+        assert totals.computed > totals.used > 8 * 5  # frozen rows are computed along
+    alone = [generate(model, [prompts[row]], seeds=[row], **options)[0][0] for row in range(8)]
+    monkeypatch.setattr(decode, "PROMPT_MULTIPLE", 1)
+    alone += [generate(model, [prompts[row]], seeds=[row], **options)[0][0] for row in ((2,) if exit else (2, 5))]
+    for one, many in zip(alone, [*together, together[2], together[5]], strict=False):
+        assert (one.tokens, one.steps) == (many.tokens, many.steps)
+        np.testing.assert_allclose(one.logprobs, many.logprobs, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("policy", "budget", "exit"),
+    [
+        ("full", 0, Exit("kl", 0.03)),
+        ("full", 0, Exit("acceleration", 0.3)),
+        ("full", 0, Exit("argmax-stability", 2, every=2)),
+        ("full", 0, Exit("cosine", 0.02, min_steps=4)),
+        ("mod", 3, None),
+        ("mod", 3, Exit("latent-diff", 0.15)),
+        ("mod", 2, Exit("minp-kl", 0.03)),
+        ("last", 0, None),
+        ("last", 0, Exit("entropy-diff", 0.05)),
+        ("last", 0, Exit("kl-entropy", 0.05, entropy=4.0)),
+    ],
+    ids=lambda value: value.name if isinstance(value, Exit) else str(value),
+)
+def test_policies_and_exits_mean_what_a_plain_loop_computes(policy, budget, exit):
+    """The oracle thinks token by token, in the prompt too, decides step by step and caches nothing."""
+    model, (prompt,) = model_of(), prompts_of(9)
+    expected = generate_plainly(model, prompt, 7, 8, exit, policy, budget)
+    (row,), totals = generate(model, [prompt], max_new_tokens=7, recurrence=8, exit=exit, policy=policy, budget=budget)
+    assert (row.tokens, row.steps) == (expected.tokens, expected.steps)
+    np.testing.assert_allclose(row.logprobs, expected.logprobs, rtol=1e-10)
+    assert totals.prompt_used == sum(expected.prompt_steps)
+    assert totals.used == sum(expected.steps[1:])
+    if exit is not None:
+        assert len(set(expected.steps + expected.prompt_steps)) > 1
 
 
 def test_a_stop_token_the_length_and_the_context_end_a_row():
