@@ -293,6 +293,20 @@ def test_nothing_but_bad_data_ends_in_one_line(tmp_path: Path) -> None:
         next(data.train)
 
 
+@pytest.mark.parametrize("streams", [1, 3, 8])
+def test_one_damaged_file_among_few_is_skipped(tmp_path: Path, streams: int) -> None:
+    """It does not end the run where it is all that a stream has."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    write(folder / "good.parquet", good(0, 16))
+    (folder / "damaged.parquet").write_bytes(b"PAR1" + bytes(8000))
+    with closing((data := build(folder, streams=streams)).train):
+        seen = {int(row[0]) for _ in range(120) for row in next(data.train)["tokens"]}
+        assert data.train.skipped["data_files_skipped"] > 0
+        assert data.train.seen["epochs"] > 1
+    assert len(seen) == 16
+
+
 def test_held_out_data_follows_the_policy(folder: Path, tmp_path: Path) -> None:
     held_out = tmp_path / "held_out"
     held_out.mkdir()

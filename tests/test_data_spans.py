@@ -42,15 +42,15 @@ def test_every_token_is_read_equally_often(sizes: list[int], streams: int, proce
         for low in range(max(offset, begin), end, 50):
             yield low, begins[int(file.relative_path)] + np.arange(low, min(low + 50, end), dtype=np.int32)
 
-    shares = [
-        iter(
-            RowDataset(
-                files, pieces, take=S + 1, stride=S, seed=0, streams=streams, shuffle_window=8, settings={},
-                process=process, processes=processes,
-            )
+    datasets = [
+        RowDataset(
+            files, pieces, take=S + 1, stride=S, seed=0, streams=streams, shuffle_window=8, settings={},
+            process=process, processes=processes, bytes_before=lambda file, piece: piece,
         )
         for process in range(processes)
     ]  # fmt: skip
+    shares = [iter(dataset) for dataset in datasets]
+    assert datasets[0].epochs(shares[0].get_state()) == 0
     counts, total = np.zeros(begins[-1], int), begins[-1]
     for epoch in range(1, 5):
         while counts.sum() < epoch * total:
@@ -60,6 +60,8 @@ def test_every_token_is_read_equally_often(sizes: list[int], streams: int, proce
         # At a span's end up to a row of each stream has gone into the next span, and as much is missing.
         assert np.mean(counts != epoch) < 2 * streams * 2 * S / total, np.bincount(counts)
         assert abs(counts - epoch).max() <= 1
+        for dataset, share in zip(datasets, shares, strict=True):
+            assert dataset.epochs(share.get_state()) == pytest.approx(epoch, abs=9 * S * streams / total)
 
 
 def corpus(folder: Path) -> None:

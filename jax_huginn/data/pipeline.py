@@ -18,7 +18,7 @@ from jax_huginn.data.sources import corpus
 from jax_huginn.data.sources.bad_data import BadData
 from jax_huginn.data.sources.download import UnreachableError
 from jax_huginn.data.sources.files import CorpusFile, DataError
-from jax_huginn.data.sources.parquet import parquet_pieces
+from jax_huginn.data.sources.parquet import parquet_pieces, row_byte
 from jax_huginn.data.sources.text import PIECE_BYTES, text_pieces
 from jax_huginn.data.tasks import TASKS
 from jax_huginn.data.tokenizer import (
@@ -59,15 +59,19 @@ class TrainBatches:
         locate: Callable[[dict[str, Any], int], str] | None = None,
         keep: Callable[[], None] = lambda: None,
         check: Callable[[dict[str, Any]], None] = lambda order: None,
+        epochs: Callable[[dict[str, Any]], float] | None = None,
     ) -> None:
         """
         Args:
             locate: (position before a batch, row in it) -> its file and place, see `RowDataset.locate`.
             keep: called before the first batch: writes into the run folder what the data are.
             check: called with the order of a position before resuming there, see `Contents.check`.
+            epochs: epochs read at a position, see `RowDataset.epochs`.
         """
         self._batches, self._hub, self._locate = batches, hub, locate
-        self._keep, self._check, self._kept = keep, check, False
+        self._keep, self._check, self._kept, self._epochs = keep, check, False, epochs
+        self.seen: dict[str, float] = {}
+        """Epochs read so far, for the records; empty for rows without epochs."""
         self._begins: deque[dict[str, Any]] = deque(maxlen=LOCATABLE)
         self.skipped: dict[str, int] = {}
         """Nonzero counts of rows and files skipped so far, up to the shuffle windows the last batch came from."""
@@ -85,6 +89,8 @@ class TrainBatches:
         rows, files = (sum(each[index] for each in state["skipped"]) for index in (2, 3))
         self.skipped = {"data_rows_skipped": rows} if rows else {}
         self.skipped |= {"data_files_skipped": files} if files else {}
+        if self._epochs:
+            self.seen = {"epochs": self._epochs(state)}
         if self._hub:
             self._hub.handed_out(state)
         return batch
@@ -203,6 +209,7 @@ def build_data(
         processes=processes,
         bad=bad,
         watcher=hub,
+        bytes_before=_bytes_before(config),
     )
     if hub:
         hub.own(rows.owned)
@@ -221,6 +228,7 @@ def build_data(
             partial(rows.locate, pieces(uncounted, held_out=False)),
             partial(_keep, config, contents, tokenizer, tokenizer_dir) if process == 0 else lambda: None,
             lambda order: contents.check(order, tokenizer_dir.parent),
+            rows.epochs,
         ),
         validation=validation,
         token_bytes=token_bytes(tokenizer, config.model.vocab_size) if tokenizer and is_byte_level(tokenizer) else None,
@@ -264,6 +272,13 @@ def _generated(
         validation=[batch_with_groups(held_out[begin : begin + size], length) for begin in range(0, wanted, size)],
         token_bytes=None,
     )
+
+
+def _bytes_before(config: Config) -> Callable[[CorpusFile, int], float] | None:
+    """Bytes of a file before a piece: a byte of a text file, or a row of a parquet file on this machine."""
+    if config.data.source == "hub":  # a file need not be here
+        return None
+    return row_byte if config.data.source == "parquet" else lambda file, piece: piece - file.begin
 
 
 def _keep(config: Config, contents: Contents, tokenizer: "PreTrainedTokenizerFast | None", folder: Path) -> None:

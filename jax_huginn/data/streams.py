@@ -14,7 +14,7 @@ reads that window again.
 Process p of P owns the streams i with i mod P = p and returns the rows j with j mod P = p, so P must divide V.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
@@ -118,9 +118,11 @@ class RowDataset(grain.IterDataset):
         processes: int = 1,
         bad: BadData | None = None,
         watcher: Watcher | None = None,
+        bytes_before: Callable[[CorpusFile, int], float] | None = None,
     ) -> None:
         """
         Args:
+            bytes_before: bytes of a file before a piece, for `epochs`.
             settings: everything else that fixes the order, the contents of the files too; a state with other settings
                 is refused.
 
@@ -136,7 +138,7 @@ class RowDataset(grain.IterDataset):
         self._pieces, self._take, self._stride = pieces, take, stride
         self._seed, self._window = seed, shuffle_window
         self._process, self._processes, self._bad, self._watcher = process, processes, bad, watcher
-        self._streams = streams
+        self._streams, self._bytes_before = streams, bytes_before or (lambda file, piece: 0.0)
         self._order = {
             "version": ORDER_VERSION,
             "seed": seed,
@@ -149,6 +151,15 @@ class RowDataset(grain.IterDataset):
     def owned(self) -> range:
         """The streams that this process reads."""
         return range(self._process, self._streams, self._processes)
+
+    def epochs(self, position: dict[str, Any]) -> float:
+        """Epochs read at this process's part of a position, a mean over its streams; exact to a shuffle window."""
+        read = 0.0
+        for index, (_, epoch, number, piece, *_) in zip(self.owned, position["streams"], strict=True):
+            parts = self._spans.parts(index, epoch)
+            within = self._bytes_before(parts[number], piece) if number < len(parts) else 0.0
+            read += epoch + self._spans.share_before(index, epoch, number, within)
+        return round(read / len(self.owned), 5)
 
     def _stream(self, index: int, pieces: Pieces, bad: BadData | None, watcher: Watcher | None) -> Stream:
         reader = RowReader(self._spans, pieces, self._take, self._stride, index, bad, watcher)

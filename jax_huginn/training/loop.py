@@ -125,7 +125,7 @@ def _train(config: Config, deadline: Deadline | None, lock: RunLock) -> None:
                 if pending:
                     reporter.send(reporter.measure(*pending))
                 tokens = data.train.position["rows"] * config.train.sequence_length
-                pending = (done, metrics, depths, {"tokens": tokens, **data.train.skipped})
+                pending = (done, metrics, depths, {"tokens": tokens, **data.train.seen, **data.train.skipped})
 
                 stopped_by = stop.requested()  # asked once: a signal may come between two looks
                 stopping = stopped_by is not None

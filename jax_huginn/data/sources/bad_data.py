@@ -45,7 +45,7 @@ class BadData:
         if self._bad >= MANY and self._bad > self._good:
             raise DataError(
                 f"{self._bad} of the {self._bad + self._good} rows read cannot be used, the last one because "
-                f"{file.path} {place()} {reason}: was this data made for another model?"
+                f"{file.path} {place()} {reason}: was it made for another model.vocab_size or train.sequence_length?"
             )
         name = file.relative_path
         self._in_file[name] = self._in_file.get(name, 0) + 1

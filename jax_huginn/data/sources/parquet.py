@@ -1,6 +1,7 @@
 """Token rows from parquet files: column `input_ids`, rows of train.sequence_length + 1 tokens."""
 
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,23 @@ def parquet_pieces(
         raise DataError(f"{file.path} cannot be read: {error.strerror}; fix or remove it") from None
     bad.finished(file)
     return None
+
+
+def row_byte(file: CorpusFile, row: int) -> float:
+    """About where a row lies in the bytes of a file on this machine; 0 for a file that cannot be read."""
+    if rows := _rows_of(file.path):
+        return row / rows * file.bytes_to_read
+    return 0.0
+
+
+@lru_cache(maxsize=64)
+def _rows_of(path: Path) -> int:
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_metadata(path).num_rows
+    except Exception:  # its reader says what is wrong with it
+        return 0
 
 
 class _UnusableError(Exception):
