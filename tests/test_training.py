@@ -168,7 +168,7 @@ def test_a_stop_signal_saves_and_says_how_to_resume(number, corpus, tmp_path):
     ("arguments", "words"),
     [
         (["--train.stps", "3"], "did you mean --train.steps?"),
-        (["--data.path", "/nothing/there"], "/nothing/there"),
+        (["--data.path", "/nothing/there", "--train.steps", "9"], "/nothing/there"),
         (["--optimizer.learning-rate", "1.5"], "belongs to another config"),
         (["--checkpoint.resume", "false"], "--checkpoint.overwrite true"),
     ],
