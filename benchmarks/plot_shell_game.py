@@ -19,6 +19,8 @@ from matplotlib import pyplot as plt
 RESULTS = Path(__file__).parent / "results/shell_game.jsonl"
 SWAPS = (4, 8, 12, 16, 24, 32)
 COLUMNS = (1, 4, 8, 12, 16, 20, 24, 28, 32)
+EXITS = ("exits", "exits_everywhere", "exits_after_prompt")
+PRESET_MEAN = 8  # mean depth of configs/shell_game.py
 RULES = {"kl < 5e-4": ("KL < 5e-4", "s"), "kl-entropy < 5e-4, 0.3": ("KL < 5e-4 and entropy < 0.3 nat", "o")}
 
 
@@ -27,12 +29,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     out = parser.parse_args().out
     lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    print("\n\n".join([accuracy_table(lines), *(exits_table(lines, field) for field in ("exits", "exits_everywhere"))]))
-    draw([line for line in lines if not line["experts"]], out)
+    preset = [line for line in lines if name_of(line) == f"seed {line['seed']}"]
+    tables = [accuracy_table(preset), comparison_table(lines)]
+    tables += [exits_table([line for line in lines if field in line], field) for field in EXITS]
+    print("\n\n".join(tables))
+    draw(preset, out)
 
 
 def name_of(line: dict[str, Any]) -> str:
-    return f"{line['experts']} experts, seed {line['seed']}" if line["experts"] else f"seed {line['seed']}"
+    """What differs from the preset, and the seed."""
+    parts = [f"{line['experts']} experts"] if line["experts"] else []
+    parts += ["no curriculum"] if not line["curriculum_rows"] else []
+    parts += [f"mean depth {line['mean']}"] if line["mean"] != PRESET_MEAN else []
+    return ", ".join([*parts, f"seed {line['seed']}"])
 
 
 def at(line: dict[str, Any], values: list[float], swaps: int) -> float:
@@ -49,6 +58,20 @@ def accuracy_table(lines: list[dict[str, Any]]) -> str:
             " / ".join(f"{line['accuracy_by_r'][int(r) - 1]:.3f}" for line in lines),
         ]
         rows.append(f"| {r} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def comparison_table(lines: list[dict[str, Any]]) -> str:
+    """Accuracy on trained and on all difficulties, a row for each run."""
+    rows = [
+        "| run | 1-12 swaps, r = 1 / 8 / 32 | 1-32 swaps, r = 8 / 16 / 32 | 24 swaps, r = 32 |",
+        "|---|---|---|---|",
+    ]
+    for line in lines:
+        trained = line["swaps"].index(line["difficulty"]) + 1
+        short = " / ".join(f"{np.mean(line['accuracy'][r][:trained]):.3f}" for r in ("1", "8", "32"))
+        every = " / ".join(f"{np.mean(line['accuracy'][r]):.3f}" for r in ("8", "16", "32"))
+        rows.append(f"| {name_of(line)} | {short} | {every} | {at(line, line['accuracy']['32'], 24):.2f} |")
     return "\n".join(rows)
 
 

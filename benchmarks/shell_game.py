@@ -5,8 +5,9 @@
 A JSON line a run, for `plot_shell_game.py`. Every game is a row by itself, a newline in front, as a prompt has it. The
 games are the same for all runs, `--games` of each number of swaps.
 
-`exits`: the prompt up to `=` is computed at full depth, then `=` as a new token of every row, which exits by itself and
-whose prediction is the answer. `exits_everywhere`: the tokens of the prompt exit too, each by itself, as in `generate`.
+Three ways to exit, all by inference's own criteria. `exits`: all tokens of a game think until `=`, whose prediction is
+the answer, exits. `exits_everywhere`: each token exits by itself, as in `generate`. `exits_after_prompt`: the tokens
+before `=` think for all recurrences, then `=` is a new token over their cache and exits by itself.
 """
 
 import sys
@@ -28,7 +29,7 @@ from jax_huginn.checkpoints.sources import load_checkpoint
 from jax_huginn.config.cli import OneLineParser, run_verb
 from jax_huginn.data.permutation import random_bits
 from jax_huginn.data.tasks import TASKS
-from jax_huginn.inference import Exit, generate
+from jax_huginn.inference import Exit, exits, generate
 from jax_huginn.inference.thinking import Depth, think_prompts, think_tokens
 from jax_huginn.model import functional, initializers
 from jax_huginn.model.huginn import MoEHuginnModel
@@ -46,19 +47,20 @@ RULES = {
     "latent-diff < 0.03": Exit("latent-diff"),
     "argmax-stability 5": Exit("argmax-stability"),
 }
-EVERYWHERE = ("kl < 5e-4", "kl-entropy < 5e-4, 0.3")
+GENERATED = ("kl < 5e-4", "kl-entropy < 5e-4, 0.3")
 
 
 def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="what a trained model is loaded from")
-    parser.add_argument("--games", type=int, default=64, help="of each number of swaps (64)")
+    parser.add_argument("--games", type=int, default=32, help="of each number of swaps (32)")
+    parser.add_argument("--no-exits", action="store_true", help="accuracy by recurrences and swaps only")
     options, _ = parse(parser)
     for run in options.runs:
-        report(benchmark="shell_game", **measure(load_checkpoint(run), options.games))
+        report(benchmark="shell_game", **measure(load_checkpoint(run), options.games, not options.no_exits))
 
 
-def measure(model: MoEHuginnModel, games: int) -> dict[str, Any]:
+def measure(model: MoEHuginnModel, games: int, exiting: bool) -> dict[str, Any]:
     config = model.config
     task = TASKS[config.data.task]
     examples = [
@@ -68,9 +70,13 @@ def measure(model: MoEHuginnModel, games: int) -> dict[str, Any]:
     ]
     level_T = np.tile(LEVELS, games)
     parts = [examples[begin : begin + ROWS] for begin in range(0, len(examples), ROWS)]
-    right_RT = np.concatenate([curves(model, part) for part in parts], axis=1)
-    return {
+    answer_T = np.array([example[-1] for example in examples])
+    best_RT, steps = curves(model, parts)
+    right_RT = best_RT == answer_T
+    found = {
         "experts": config.moe.experts,
+        "mean": config.recurrence.mean,
+        "curriculum_rows": config.data.curriculum_rows,
         "seed": config.train.seed,
         "steps": config.train.steps,
         "difficulty": config.data.difficulty,
@@ -78,9 +84,18 @@ def measure(model: MoEHuginnModel, games: int) -> dict[str, Any]:
         "swaps": list(LEVELS),
         "accuracy": {r: by_level(right_RT[r - 1], level_T) for r in SHOWN},
         "accuracy_by_r": np.round(right_RT.mean(1), 4).tolist(),
-        "exits": {name: exits(model, parts, rule, level_T) for name, rule in RULES.items()},
-        "exits_everywhere": {name: exits_everywhere(model, parts, RULES[name], level_T) for name in EVERYWHERE},
     }
+    if exiting:
+        found["exits"] = {
+            name: summary(steps_T, np.take_along_axis(right_RT, steps_T[None] - 1, axis=0)[0], level_T)
+            for name, steps_T in steps.items()
+        }
+        for field, think in (("exits_everywhere", everywhere), ("exits_after_prompt", after_prompt)):
+            thought = {name: think(model, parts, RULES[name]) for name in GENERATED}
+            found[field] = {
+                name: summary(steps_T, best_T == answer_T, level_T) for name, (steps_T, best_T) in thought.items()
+            }
+    return found
 
 
 def by_level(values_T: np.ndarray, level_T: np.ndarray) -> list[float]:
@@ -96,76 +111,84 @@ def summary(steps_T: np.ndarray, right_T: np.ndarray, level_T: np.ndarray) -> di
     }
 
 
-def padded(examples: list[list[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens without the answers, padded on the right; their numbers; the answers."""
-    length_B = np.array([len(example) - 1 for example in examples], np.int32)
+def padded(examples: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens without the answers, padded on the right, and their numbers."""
     tokens_BS = np.zeros((len(examples), max(LEVELS) + 3), np.int32)
     for row, example in enumerate(examples):
         tokens_BS[row, : len(example) - 1] = example[:-1]
-    return tokens_BS, length_B, np.array([example[-1] for example in examples])
+    return tokens_BS, np.array([len(example) - 1 for example in examples], np.int32)
 
 
-def curves(model: MoEHuginnModel, examples: list[list[int]]) -> np.ndarray:
-    """Whether every recurrence's read-out has the answer of every game, (MOST, games) bool."""
-    tokens_BS, length_B, answer_B = padded(examples)
-    return np.asarray(_answers(*functional.split(model.cast()), tokens_BS, length_B)) == answer_B
+def curves(model: MoEHuginnModel, parts: list[list[list[int]]]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The answer that every recurrence's read-out gives, (MOST, games), and the exit of every rule, (games,)."""
+    graphdef, params = functional.split(model.cast())
+    found = [jax.device_get(_curves(graphdef, params, *padded(part))) for part in parts]
+    best_RT = np.concatenate([best_RB for best_RB, _ in found], axis=1)
+    return best_RT, {name: np.concatenate([steps[name] for _, steps in found]) for name in RULES}
 
 
 @partial(jax.jit, static_argnums=0)
-def _answers(graphdef: nnx.GraphDef, params: Any, tokens_BS: jax.Array, length_B: jax.Array) -> jax.Array:
+def _curves(
+    graphdef: nnx.GraphDef, params: Any, tokens_BS: jax.Array, length_B: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     model = nnx.merge(graphdef, params)
-    at = model.positions(tokens_BS.shape[1])
+    rows, length = tokens_BS.shape
+    at = model.positions(length)
     injected_BSD, _, _ = model.inject(tokens_BS, at)
-    start = initializers.fixed_state(0, tokens_BS.shape[1], model.config.model.width)
 
-    def recurrence(state_BSD: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+    def last(x_BSD: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x_BSD, (length_B - 1)[:, None, None], axis=1)[:, 0]
+
+    def recurrence(carry: Any, step: jax.Array) -> tuple[Any, jax.Array]:
+        state_BSD, memories, steps = carry
         state_BSD, _, _ = model.recur(injected_BSD, state_BSD, at)
         _, y_BSD, _ = model.read_out(state_BSD, at)
-        y_B1D = jnp.take_along_axis(y_BSD, (length_B - 1)[:, None, None], axis=1)
-        return state_BSD, model.head(y_B1D)[:, 0].argmax(-1)
+        logits_BV = model.head(last(y_BSD)[:, None])[:, 0]
+        for name, rule in RULES.items():
+            step_B = jnp.full(rows, step)
+            done_B, memory = exits.decide(rule, step_B, last(state_BSD), logits_BV, memories[name])
+            memories = memories | {name: memory}
+            steps = steps | {name: jnp.where(done_B & (steps[name] == MOST), step_B, steps[name])}
+        return (state_BSD, memories, steps), logits_BV.argmax(-1)
 
+    start = initializers.fixed_state(0, length, model.config.model.width)
     state_BSD = jnp.broadcast_to(jnp.asarray(start, injected_BSD.dtype), injected_BSD.shape)
-    return lax.scan(recurrence, state_BSD, None, length=MOST)[1]
+    vocabulary = model.config.model.vocab_size
+    memories = {name: exits.begin(rule, last(state_BSD), vocabulary) for name, rule in RULES.items()}
+    steps = dict.fromkeys(RULES, jnp.full(rows, MOST))
+    (_, _, steps), best_RB = lax.scan(recurrence, (state_BSD, memories, steps), jnp.arange(1, MOST + 1))
+    return best_RB, steps
 
 
-def exits(model: MoEHuginnModel, parts: list[list[list[int]]], rule: Exit, level_T: np.ndarray) -> dict[str, Any]:
+def everywhere(model: MoEHuginnModel, parts: list[list[list[int]]], rule: Exit) -> tuple[np.ndarray, np.ndarray]:
+    """Exits and answers of the last token of every game, where each token exits by itself."""
+    made = [
+        each
+        for part in parts
+        for each in generate(model, [game[:-1] for game in part], max_new_tokens=1, recurrence=MOST, exit=rule)[0]
+    ]
+    return np.array([each.steps[0] for each in made]), np.array([each.tokens[0] for each in made])
+
+
+def after_prompt(model: MoEHuginnModel, parts: list[list[list[int]]], rule: Exit) -> tuple[np.ndarray, np.ndarray]:
+    """The same, where the tokens before the last one think for all recurrences."""
     graphdef, params = functional.split(model.cast())
-    steps, right = [], []
-    for part in parts:
-        tokens_BS, length_B, answer_B = padded(part)
-        steps_B, best_B = _last_token(graphdef, rule, params, tokens_BS, length_B)
-        steps.append(np.asarray(steps_B))
-        right.append(np.asarray(best_B) == answer_B)
-    return summary(np.concatenate(steps), np.concatenate(right), level_T)
+    found = [jax.device_get(_last_token(graphdef, rule, params, *padded(part))) for part in parts]
+    return np.concatenate([steps_B for steps_B, _ in found]), np.concatenate([best_B for _, best_B in found])
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _last_token(
     graphdef: nnx.GraphDef, rule: Exit, params: Any, tokens_BS: jax.Array, length_B: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Recurrences of the last token of every row, which alone exits, and its prediction."""
     model = nnx.merge(graphdef, params)
     rows, length = tokens_BS.shape
     state_LD = jnp.asarray(initializers.fixed_state(0, length, model.config.model.width), model.config.model.dtype)
     prompt = think_prompts(model, Depth(MOST, None, MOST), tokens_BS, length_B - 1, state_LD)
     token_B = jnp.take_along_axis(tokens_BS, (length_B - 1)[:, None], axis=1)[:, 0]
-    idle_B = jnp.zeros(rows, bool)
-    start_B1D = state_LD[length_B - 1][:, None]
+    idle_B, start_B1D = jnp.zeros(rows, bool), state_LD[length_B - 1][:, None]
     thought = think_tokens(model, Depth(MOST, rule, MOST), prompt.cache, token_B, length_B - 1, idle_B, start_B1D)
     return thought.steps_B, thought.logits_BV.argmax(-1)
-
-
-def exits_everywhere(
-    model: MoEHuginnModel, parts: list[list[list[int]]], rule: Exit, level_T: np.ndarray
-) -> dict[str, Any]:
-    made = [
-        each
-        for part in parts
-        for each in generate(model, [game[:-1] for game in part], max_new_tokens=1, recurrence=MOST, exit=rule)[0]
-    ]
-    answers = np.array([game[-1] for part in parts for game in part])
-    right_T = np.array([each.tokens[0] for each in made]) == answers
-    return summary(np.array([each.steps[0] for each in made], float), right_T, level_T)
 
 
 if __name__ == "__main__":
