@@ -106,9 +106,10 @@ def draw(lines: list[dict[str, Any]], out: Path) -> None:
         curves.plot(recurrences, runs.mean(0), dashed, color=colour, label=f"{swaps} swaps")
         curves.fill_between(recurrences, runs.min(0), runs.max(0), color=colour, alpha=0.15, linewidth=0)
     curves.set_xscale("log", base=2)
-    curves.set_xticks(recurrences[::2] + recurrences[-1:], [str(r) for r in recurrences[::2] + recurrences[-1:]])
+    ticks = [r for r in recurrences if r & (r - 1) == 0]
+    curves.set_xticks(ticks, [str(r) for r in ticks])
     curves.set(title=f"trained on at most {trained} swaps", xlabel="recurrences")
-    curves.legend(frameon=False, fontsize=8)
+    curves.legend(frameon=False, fontsize=8, loc="lower right")
 
     for rule, (label, marker) in RULES.items():
         for axes, field in ((steps, "steps"), (right, "accuracy")):
