@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from jax_huginn.checkpoints.load import find_step
 from jax_huginn.checkpoints.save import Checkpoints
 from jax_huginn.checkpoints.sources import load_checkpoint
 from jax_huginn.checkpoints.step_folders import CheckpointError, DamagedError, retire, seal, steps_in, verify
+from jax_huginn.config.compatibility import MAY_BE_ACCEPTED, changes
 from jax_huginn.config.schema import CheckpointConfig, Config, TrainConfig
 from jax_huginn.parallel.mesh import make_mesh
 from jax_huginn.training.step import TrainState, init_state
@@ -91,6 +93,42 @@ def assert_restores(config, folder: Path, step: int) -> list[str]:
     jax.tree.map(np.testing.assert_array_equal, state, state_at(config, step))
     assert data.rows == step
     return said
+
+
+# ---- Room -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_disk_without_room_is_said_before_training(tmp_path, monkeypatch):
+    config = small_config()
+    state, said = abstract_state(config), []
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state.params, state.opt_state)))
+    checkpoints = Checkpoints(tmp_path / "not" / "there", config.checkpoint, said.append)
+    for free, lines in ((size * (config.checkpoint.keep + 1), 0), (size, 1)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: SimpleNamespace(free=free))
+        checkpoints.require_room(state)
+        assert len(said) == lines
+    assert f"will write {config.checkpoint.keep + 1} more (checkpoint.keep=" in said[0]
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=size - 1))
+    with pytest.raises(CheckpointError, match=r"GB of free disk, and a checkpoint takes .*name another --run_dir"):
+        checkpoints.require_room(state)
+    checkpoints.close()
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"optimizer": {"learning_rate": 1e-5, "schedule": "cosine", "warmup_steps": 1, "weight_decay": 0.0}},
+        {"train": {"batch_size": 8, "micro_batches": 2}, "moe": {"balance_weight": 0.0}},
+    ],
+)
+def test_changes_that_may_be_accepted_keep_the_optimiser(run, section):
+    """`checkpoint.accept_changes`: a new rate, schedule, decay or batch size restores the same moments, bit for bit."""
+    config, folder = run
+    changed = small_config(**section)
+    named = [change.name for change in changes(config, changed)]
+    assert named
+    assert set(named) <= set(MAY_BE_ACCEPTED)
+    assert_restores(changed, folder, 12)
 
 
 # ---- Checksums ------------------------------------------------------------------------------------------------------

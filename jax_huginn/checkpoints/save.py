@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -121,6 +122,23 @@ class Checkpoints:
 
     def _still(self) -> str:
         return "there is none yet" if self._newest is None else f"the newest one is step {self._newest}"
+
+    def require_room(self, state: Any) -> None:
+        """Look at the free disk before a run that could not be saved; a warning if `checkpoint.keep` do not fit.
+
+        Raises:
+            CheckpointError: not one more checkpoint of `state` fits.
+        """
+        leaves = jax.tree.leaves((nnx.to_pure_dict(state.params), state.opt_state))
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+        place = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
+        free = shutil.disk_usage(place).free
+        room = f"{self.shown.parent} has {free / 1e9:.3g} GB of free disk, and a checkpoint takes {size / 1e9:.3g} GB"
+        if free < size:
+            raise CheckpointError(f"{room}: free some, or name another --run_dir")
+        # The oldest goes after the newest is whole, so one more than are kept.
+        if free < size * (missing := self.config.keep + 1 - len(step_folders.steps_in(self.folder))):
+            self.say(f"warning: {room}: the run will write {missing} more (checkpoint.keep={self.config.keep})")
 
     def restore(self, abstract: State, data: Batches) -> State:
         """The state of the newest step, with the shapes, types and shardings of `abstract`, whatever mesh wrote it;

@@ -72,6 +72,7 @@ def _train(config: Config, deadline: Deadline | None, lock: RunLock) -> None:
     # ---------------------------------------------------------------- state
     keep_compiled(run_dir)
     state = _initial_state(config, mesh, checkpoints, data.train, start, console)
+    processes.on_first(lambda: checkpoints.require_room(state))
     begin = int(state.step)
     device = jax.devices()[0]
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
