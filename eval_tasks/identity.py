@@ -15,6 +15,16 @@ from jax_huginn.files import sha256_of
 
 
 @dataclass(frozen=True)
+class Exiting:
+    """A model whose tokens exit by a criterion, at the latest at the depth that is set."""
+
+    name: str
+    model: LanguageModel
+    options: dict[str, Any]
+    """Everything about the criterion that changes a score, as plain JSON types."""
+
+
+@dataclass(frozen=True)
 class Opened:
     """A model that is loaded, ready to be evaluated."""
 
@@ -24,6 +34,8 @@ class Opened:
     """The file or folder of the weights."""
     files: Sequence[Path]
     """The files by which its weights are known."""
+    exits: Sequence[Exiting] = ()
+    """The same model with exits, evaluated in place of `model` at fixed depths."""
 
 
 def identify(opened: Opened) -> dict[str, Any]:

@@ -21,6 +21,10 @@ class Score:
     """One for each token, in nats."""
     greedy: bool
     """Whether greedy decoding would produce the continuation."""
+    used: int | None = None
+    """Recurrences of all tokens that were read for it; None where each had the depth that was set."""
+    computed: int | None = None
+    """The same with those that were computed for tokens that had exited already."""
 
 
 class LanguageModel(Protocol):

@@ -45,6 +45,8 @@ class HuginnLM(TemplateLM):
         self.cache = cache or AnswerCache(None, {})
         self.notes: Counter[str] = Counter()
         """What was shortened to fit the model, and how often."""
+        self.steps: Counter[str] = Counter()
+        """Of a model whose tokens exit: tokens read, recurrences used and computed for them."""
 
     @property
     def eot_token_id(self) -> int:
@@ -113,6 +115,7 @@ class HuginnLM(TemplateLM):
         """
         longest = self.model.max_length
         scores: dict[int, Score] = {}
+        read: dict[tuple[int, ...], Score] = {}  # input -> one of its scores
         readers: dict[tuple[int, ...], list[int]] = defaultdict(list)  # input -> the requests that it scores
         for index, (_, context, continuation) in enumerate(requests):
             if len(continuation) > longest:
@@ -122,7 +125,7 @@ class HuginnLM(TemplateLM):
                 self.notes[f"contexts lost their left end to fit the model's {longest} tokens"] += 1
             kept = tuple(tokens[-longest:])
             if known := self.cache.get(["score", kept, continuation]):
-                scores[index] = Score(tuple(known[0]), known[1])
+                read[kept] = scores[index] = Score(tuple(known[0]), *known[1:])
             else:
                 readers[kept].append(index)
 
@@ -132,12 +135,18 @@ class HuginnLM(TemplateLM):
             readings = [Reading(tokens, tuple(tuple(requests[i][2]) for i in readers[tokens])) for tokens in batch]
             for tokens, found in zip(batch, self.model.log_probabilities(readings, self.recurrence), strict=True):
                 scores |= zip(readers[tokens], found, strict=True)
+                read[tokens] = found[0]
                 for index, score in zip(readers[tokens], found, strict=True):
                     answer = [score.log_probabilities, score.greedy]
+                    if score.used is not None:
+                        answer += [score.used, score.computed]
                     self.cache.put(["score", tokens, requests[index][2]], answer)
             self.cache.flush()
             progress.update(len(batch))
         progress.close()
+        for tokens, score in read.items():
+            if score.used is not None and score.computed is not None:
+                self.steps.update(tokens=len(tokens), used=score.used, computed=score.computed)
         return [scores[index] for index in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:

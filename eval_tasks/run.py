@@ -11,11 +11,13 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval_tasks.cache import AnswerCache
 from eval_tasks.identity import identify
+from eval_tasks.language_model import LanguageModel
 from eval_tasks.loading import FEWSHOT_SEED, first_line, load_task, load_task_manager, missing_package
 from eval_tasks.options import Parser, add_options, check
 from jax_huginn.config.checks import UserError
@@ -72,26 +74,28 @@ def _evaluate_all(program: str, opened: "Opened", manager: Any, options: argpars
     from eval_tasks.lm import HuginnLM
 
     identity = identify(opened)
+    settings = _settings(opened, options.recurrence)
     report: dict[str, Any] = {
         "source": str(opened.source),
         **identity,
         "chat_template": opened.tokenizer.chat_template if options.apply_chat_template else None,
         "fewshot_seed": FEWSHOT_SEED,
         "options": {name: value for name, value in vars(options).items() if name not in ("output", "use_cache")},
-        "results": {str(depth): {} for depth in options.recurrence},
-        "executed_steps": {str(depth): depth for depth in options.recurrence},
+        "results": {setting.name: {} for setting in settings},
+        "executed_steps": {setting.name: {} if setting.exit else setting.recurrence for setting in settings},
+        "exits": {setting.name: setting.exit for setting in settings if setting.exit},
         "failed": {},
         "notes": {},
         "n_samples": {},
         "task_versions": {},
     }
-    for depth in options.recurrence:
-        cache = AnswerCache(options.use_cache, {**identity, "recurrence": depth})
-        lm = HuginnLM(opened.model, opened.tokenizer, depth, options.batch_size, cache)
+    for setting in settings:
+        cache = AnswerCache(options.use_cache, {**identity, "recurrence": setting.recurrence, **setting.cache_key})
+        lm = HuginnLM(setting.model, opened.tokenizer, setting.recurrence, options.batch_size, cache)
         for name in options.tasks:
-            title = name if len(options.recurrence) == 1 else f"{name} at recurrence {depth}"
+            title = name if len(settings) == 1 else f"{name} at {setting.title}"
             try:
-                _evaluate_task(name, title, lm, manager, options, report)
+                _evaluate_task(name, title, setting, lm, manager, options, report)
             except UserError as error:
                 report["failed"][title] = str(error)
                 print(f"{program}: error: {title} did not run: {error}", file=sys.stderr)
@@ -107,8 +111,49 @@ def _evaluate_all(program: str, opened: "Opened", manager: Any, options: argpars
     return 1 if report["failed"] else 0
 
 
+@dataclass(frozen=True)
+class Setting:
+    """How deep the model thinks in one evaluation."""
+
+    name: str
+    """Its key in the results: the depth, or the criterion by which tokens exit."""
+    model: LanguageModel
+    recurrence: int
+    """Recurrences of a token; with `exit` the most of them."""
+    exit: dict[str, Any] | None = None
+
+    @property
+    def title(self) -> str:
+        return f"recurrence {self.recurrence}" if self.exit is None else f"exit {self.name}"
+
+    @property
+    def cache_key(self) -> dict[str, Any]:
+        """What `recurrence` does not say."""
+        return {"exit": self.exit} if self.exit else {}
+
+
+def _settings(opened: "Opened", depths: Sequence[int]) -> list[Setting]:
+    """Every depth, or every criterion at every depth; a depth is in a criterion's name where there are several."""
+    if not opened.exits:
+        return [Setting(str(depth), opened.model, depth) for depth in depths]
+    return [
+        Setting(
+            each.name + (f" at most {depth}" if len(depths) > 1 else ""), each.model, depth,
+            {**each.options, "most": depth},
+        )
+        for depth in depths
+        for each in opened.exits
+    ]  # fmt: skip
+
+
 def _evaluate_task(
-    name: str, title: str, lm: "HuginnLM", manager: Any, options: argparse.Namespace, report: dict[str, Any]
+    name: str,
+    title: str,
+    setting: Setting,
+    lm: "HuginnLM",
+    manager: Any,
+    options: argparse.Namespace,
+    report: dict[str, Any],
 ) -> None:
     """Print lm-eval's table of one task or group and add its results to the report; raises UserError as above."""
     from lm_eval.evaluator import evaluate
@@ -116,6 +161,7 @@ def _evaluate_task(
 
     os.environ["DISABLE_MULTIPROC"] = "1"  # so few resamples are not worth lm-eval's pool of processes
     loaded = load_task(name, manager, options)
+    lm.steps.clear()
     try:
         results: Any = evaluate(
             lm, loaded, limit=options.limit, bootstrap_iters=BOOTSTRAPS, log_samples=False,
@@ -125,11 +171,15 @@ def _evaluate_task(
     except ImportError as error:
         raise UserError(missing_package(error)) from None
     if title != name:
-        print(f"recurrence {lm.recurrence}")
+        print(setting.title)
     print(make_table(results))
     if results.get("groups"):
         print(make_table(results, "groups"))
-    report["results"][str(lm.recurrence)].update(results["results"])
+    if lm.steps["tokens"]:
+        steps = {kind: lm.steps[kind] / lm.steps["tokens"] for kind in ("used", "computed")}
+        print(f"recurrences per token: {steps['used']:.3f} used, {steps['computed']:.3f} computed\n")
+        report["executed_steps"][setting.name].update(dict.fromkeys(results["results"], steps))
+    report["results"][setting.name].update(results["results"])
     report["n_samples"].update(results["n-samples"])
     report["task_versions"].update(results["versions"])
 

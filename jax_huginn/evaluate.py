@@ -6,13 +6,20 @@ Every task is evaluated by itself: one that cannot run is reported and costs no 
 Exit status: 0 all tasks ran, 1 some did not, 2 nothing was started because of a mistake in the command.
 """
 
-import argparse
-import sys
+from __future__ import annotations
 
-from eval_tasks.identity import Opened
+import argparse
+import dataclasses
+import sys
+from typing import TYPE_CHECKING
+
+from eval_tasks.identity import Exiting, Opened
 from eval_tasks.loading import load_tokenizer
 from eval_tasks.run import run
 from jax_huginn.config.checks import UserError
+
+if TYPE_CHECKING:
+    from jax_huginn.inference.exits import Exit
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +31,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer_path", metavar="DIR", help="folder or hub name that AutoTokenizer loads; by default the source's"
     )
+    add = parser.add_argument
+    add("--exit", metavar="NAME", help="score with exits: every token ends by this criterion, or after --recurrence")
+    add("--exit_threshold", metavar="T[,T...]", help="its threshold, or several to compare (the criterion's own)")
+    add("--exit_entropy", type=float, metavar="H", help="largest entropy at which kl-entropy exits, nats (0.3)")
+    add("--exit_every", type=int, metavar="M", help="test at every M-th recurrence (1)")
+    add("--min_steps", type=int, metavar="N", help="recurrences before which no token exits (1)")
 
 
 def open_model(options: argparse.Namespace) -> Opened:
@@ -34,6 +47,7 @@ def open_model(options: argparse.Namespace) -> Opened:
     from jax_huginn.checkpoints.sources import load_for_inference, open_source
     from jax_huginn.inference.evaluation import JaxLanguageModel
 
+    rules = exits_of(options)
     source = open_source(options.source)
     tokenizer = options.tokenizer_path or source.tokenizer
     if tokenizer is None:
@@ -42,7 +56,33 @@ def open_model(options: argparse.Namespace) -> Opened:
     if "float64" in (options.dtype, source.config.model.dtype):
         jax.config.update("jax_enable_x64", True)
     model = JaxLanguageModel(load_for_inference(source, options.dtype))
-    return Opened(model, loaded, source.path, [*files_of_weights(source.path)])
+    exits = [Exiting(name, model.exiting(rule), dataclasses.asdict(rule)) for name, rule in rules.items()]
+    return Opened(model, loaded, source.path, [*files_of_weights(source.path)], exits)
+
+
+def exits_of(options: argparse.Namespace) -> dict[str, Exit]:
+    """The criteria that the options ask for, by name; the threshold is in the name where there are several.
+
+    Raises:
+        UserError: an unknown criterion, or options that cannot work.
+    """
+    from jax_huginn.inference.exits import Exit
+
+    given = {"entropy": options.exit_entropy, "every": options.exit_every, "min_steps": options.min_steps}
+    given = {name: value for name, value in given.items() if value is not None}
+    if options.exit is None:
+        if given or options.exit_threshold:
+            raise UserError("--exit_threshold, --exit_entropy, --exit_every and --min_steps need --exit NAME")
+        return {}
+    try:
+        thresholds = [float(word) for word in options.exit_threshold.split(",")] if options.exit_threshold else [None]
+    except ValueError:
+        raise UserError(
+            f"--exit_threshold {options.exit_threshold}: not a number, nor several between commas"
+        ) from None
+    rules = [Exit(options.exit, threshold, **given) for threshold in dict.fromkeys(thresholds)]
+    rules = [dataclasses.replace(rule, threshold=rule.limit) for rule in rules]  # a default is part of what was scored
+    return {rule.name if len(rules) == 1 else f"{rule.name} {rule.limit:g}": rule for rule in rules}
 
 
 def main(arguments: list[str] | None = None) -> int:

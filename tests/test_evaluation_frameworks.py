@@ -10,6 +10,8 @@ from eval_tasks.cache import AnswerCache
 from eval_tasks.lm import HuginnLM
 from jax_huginn import evaluate
 from jax_huginn.checkpoints.sources import load_for_inference, open_source
+from jax_huginn.config.checks import UserError
+from jax_huginn.inference import Exit
 from jax_huginn.inference.evaluation import JaxLanguageModel
 from tests.evaluation_support import BOS, CONFIG, lively_model, make_tokenizer
 from torch_reference import quick_checkpoint_eval, save_checkpoint
@@ -125,6 +127,9 @@ def test_both_commands_take_the_same_flags_and_write_the_same_results(models, tm
         (["{folder}"], "no config.json there, so neither a run nor a Hugging Face folder"),
         (["{folder}/model.pth", "--recurrence", "1,0"], "--recurrence 0 must be at least 1"),
         (["{folder}/model.pth", "--recurence", "1"], "unknown option --recurence; perhaps you meant --recurrence"),
+        (["{folder}/model.pth", "--exit", "kll"], "exit 'kll' is not a criterion: choose one of kl, kl-entropy"),
+        (["{folder}/model.pth", "--exit", "kl", "--exit_threshold", "small"], "--exit_threshold small: not a number"),
+        (["{folder}/model.pth", "--min_steps", "4"], "--min_steps need --exit NAME"),
         (["{folder}/model.pth", "--tokenizer_path", "/absent"], "--tokenizer_path /absent: no such folder"),
     ],
 )
@@ -135,6 +140,39 @@ def test_a_mistake_is_one_line(models, capsys, arguments, message):
     assert message in err
     assert err.startswith("python -m jax_huginn.evaluate: error: ")
     assert (out, err.count("\n")) == ("", 1)
+
+
+# ---- Exits ------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_scores_with_exits(models, tmp_path):
+    """Two thresholds in one call, at most 9 recurrences; what is resumed costs what it cost at first."""
+    path = str(models.folder / "model.pth")
+    flags = [path, "--tasks", "stdlib_perplexity", "--limit", "2", "--use_cache", str(tmp_path / "cache")]
+    exits = [*flags, "--recurrence", "9", "--exit", "latent-diff", "--exit_threshold", "0.5,1e-9"]
+    for name in ("first", "again"):
+        assert evaluate.main([*exits, "--output", str(tmp_path / f"{name}.json")]) == 0
+    assert evaluate.main([*flags, "--recurrence", "9", "--output", str(tmp_path / "fixed.json")]) == 0
+    found, again, fixed = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("first", "again", "fixed"))
+    names = ["latent-diff 0.5", "latent-diff 1e-09"]
+    assert list(found["results"]) == list(found["exits"]) == names
+    assert found["exits"][names[0]] == {
+        "name": "latent-diff", "threshold": 0.5, "entropy": 0.3, "min_steps": 1, "every": 1, "most": 9,
+    }  # fmt: skip
+    early, never = (found["executed_steps"][name]["stdlib_perplexity"] for name in names)
+    assert 2 <= early["used"] < early["computed"] <= 9
+    assert never == {"used": 9, "computed": 9}
+    bits = [found["results"][name]["stdlib_perplexity"]["bits_per_byte,none"] for name in names]
+    assert bits[1] == pytest.approx(fixed["results"]["9"]["stdlib_perplexity"]["bits_per_byte,none"], rel=1e-5)
+    assert bits[0] != pytest.approx(bits[1], rel=1e-5)
+    for key in ("results", "executed_steps"):
+        assert again[key] == found[key]
+
+
+def test_a_task_that_generates_is_refused_with_exits(models):
+    lm = HuginnLM(models.jax.exiting(Exit("kl")), make_tokenizer(), 4, 2)
+    with pytest.raises(UserError, match="with --exit only likelihoods are scored"):
+        lm.generate_until(requests(("abc", {"until": []})))
 
 
 # ---- The cache of answers ---------------------------------------------------------------------------------------

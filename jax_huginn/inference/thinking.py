@@ -22,7 +22,7 @@ from jax_huginn.model.huginn import MoEHuginnModel
 class Depth(NamedTuple):
     """How long a token may think; a compiled program depends on it."""
 
-    most: int
+    most: int | jax.Array
     """Recurrences of a token that does not exit."""
     exit: Exit | None
     slots: int
@@ -83,7 +83,7 @@ def think_prompts(
 
     padding_BS = jnp.arange(length) >= length_B[:, None]
     state_BSD = jnp.broadcast_to(state_LD[:length], injected_BSD.shape)
-    end = _until_done(model, depth, recur, state_BSD, at, window, empty.core, padding_BS)
+    end = until_done(model, depth, recur, state_BSD, at, window, empty.core, padding_BS)
     core = lax.fori_loop(  # where all exited early
         end.step, depth.slots, lambda slot, core: caches.place(core, end.cache.core, slot), end.kept
     )
@@ -126,7 +126,7 @@ def think_tokens(
         return state_B1D, cache, ()
 
     state_B1D = state_B1D.astype(injected_B1D.dtype)
-    end = _until_done(model, depth, recur, state_B1D, at, injected, (), idle_B[:, None])
+    end = until_done(model, depth, recur, state_B1D, at, injected, (), idle_B[:, None])
     cache, steps_B = end.cache, end.steps_BS[:, 0]
     if depth.exit is not None:
         cache = cache._replace(core=caches.fill_deeper(cache.core, index_B, jnp.maximum(steps_B, 1)))
@@ -136,7 +136,7 @@ def think_tokens(
     return Thought(kept, model.head(y_B1D)[:, 0], end.state_BSD, steps_B, steps_B, computed_B)
 
 
-def _until_done(
+def until_done(
     model: MoEHuginnModel,
     depth: Depth,
     recur: Callable[[_Progress, Positions], tuple[jax.Array, Cache, tuple[KV, ...]]],
