@@ -6,7 +6,6 @@
 FLOPs count the causal half: 2 B H S^2 K forward, 2.5 times as many backward.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -17,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.common import median_seconds, report
+from jax_huginn.config.cli import OneLineParser, run_verb
 from jax_huginn.ops.attention import causal_attention, causal_attention_oracle
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--heads", type=int, default=55)
@@ -68,4 +68,4 @@ def error_against_oracle(forward, both, q, k, v, target) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_verb(main)

@@ -25,12 +25,12 @@ import numpy as np
 from jax_huginn.checkpoints import step_folders
 from jax_huginn.checkpoints.checksums import as_hex, checksums
 from jax_huginn.checkpoints.save import Checkpoints
-from jax_huginn.config.cli import parse_config
+from jax_huginn.config.cli import OneLineParser, parse_config, run_verb
 from jax_huginn.training.step import init_state, make_train_step
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", help="where to write; the temporary folder if not given")
     parser.add_argument("--saves", type=int, default=5)
     options, arguments = parser.parse_known_args()
@@ -87,4 +87,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_verb(main)

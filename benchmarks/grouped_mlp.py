@@ -6,7 +6,6 @@
 Groups are even, typical (the largest 1.12 x the mean) and skewed (2 x). Each case is checked against the oracle first.
 """
 
-import argparse
 import sys
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.common import median_seconds, report
+from jax_huginn.config.cli import OneLineParser, run_verb
 from jax_huginn.ops.grouped_mlp import grouped_mlp, grouped_mlp_oracle
 
 LARGEST = {"even": 1.0, "typical": 1.12, "skewed": 2.0}
@@ -36,7 +36,7 @@ def routing(tokens: int, experts: int, active: int, largest: float, rng: np.rand
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--active", type=int, default=2)
@@ -111,4 +111,4 @@ def relative_error(results, references) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_verb(main)

@@ -7,20 +7,29 @@ Of `results/train_step.jsonl` it takes the newest lines of one commit, device an
 
 import argparse
 import json
+import sys
 from itertools import groupby
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+try:
+    import matplotlib
+except ImportError:
+    sys.exit("error: plots need matplotlib: pip install -e '.[plots]'")
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+
+from jax_huginn.config.cli import OneLineParser, run_verb
 
 RESULTS = Path(__file__).parent / "results/train_step.jsonl"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     out = parser.parse_args().out
     lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
@@ -55,4 +64,4 @@ def _setting(line: dict) -> tuple:
 
 
 if __name__ == "__main__":
-    main()
+    run_verb(main)

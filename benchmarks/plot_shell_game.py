@@ -7,14 +7,23 @@ Every value is the mean over the dense runs of `results/shell_game.jsonl`; the t
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+try:
+    import matplotlib
+except ImportError:
+    sys.exit("error: plots need matplotlib: pip install -e '.[plots]'")
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+
+from jax_huginn.config.cli import OneLineParser, run_verb
 
 RESULTS = Path(__file__).parent / "results/shell_game.jsonl"
 SWAPS = (4, 8, 12, 16, 24, 32)
@@ -25,7 +34,7 @@ RULES = {"kl < 5e-4": ("KL < 5e-4", "s"), "kl-entropy < 5e-4, 0.3": ("KL < 5e-4 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     out = parser.parse_args().out
     lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
@@ -129,4 +138,4 @@ def draw(lines: list[dict[str, Any]], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_verb(main)

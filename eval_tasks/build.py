@@ -9,7 +9,6 @@ import io
 import json
 import os
 import random
-import sys
 import tokenize
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jax_huginn.config.cli import OneLineParser, run_verb
 from jax_huginn.data.sources.files import stdlib_files
 from jax_huginn.data.sources.split import is_held_out
 
@@ -196,7 +196,11 @@ def _in_memory(rows: list[dict[str, Any]]) -> "DatasetDict":
     return DatasetDict({"test": Dataset.from_list(rows)})
 
 
+def main(arguments: list[str] | None = None) -> None:
+    parser = OneLineParser(prog="python -m eval_tasks.build", description=__doc__)
+    parser.add_argument("folder", type=Path, help="folder to write the data into; it is created")
+    build(parser.parse_args(arguments).folder)
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m eval_tasks.build FOLDER")
-    build(Path(sys.argv[1]))
+    run_verb(main)

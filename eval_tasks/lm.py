@@ -12,10 +12,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tqdm import tqdm
 
 from eval_tasks.cache import AnswerCache
 from eval_tasks.language_model import LanguageModel, Reading, Score
+from eval_tasks.progress import Progress
 from jax_huginn.config.checks import UserError
 
 Request = tuple[Any, list[int], list[int]]  # anything (lm-eval's own), context tokens, continuation tokens
@@ -130,7 +130,7 @@ class HuginnLM(TemplateLM):
                 readers[kept].append(index)
 
         inputs = sorted(readers, key=lambda tokens: (-len(tokens), tokens))
-        progress = tqdm(total=len(inputs), desc="scoring", disable=None)  # shown on a terminal
+        progress = Progress("scoring", len(inputs))
         for batch in _batches(inputs, self.batch_size):
             readings = [Reading(tokens, tuple(tuple(requests[i][2]) for i in readers[tokens])) for tokens in batch]
             for tokens, found in zip(batch, self.model.log_probabilities(readings, self.recurrence), strict=True):
@@ -180,7 +180,7 @@ class HuginnLM(TemplateLM):
         keys = [["text", *each] for each in zip(prompts, limits, stops, strict=True)]
         texts = {index: text for index, key in enumerate(keys) if (text := self.cache.get(key)) is not None}
         order = sorted(set(range(len(requests))) - texts.keys(), key=lambda index: (-len(prompts[index]), index))
-        progress = tqdm(total=len(order), desc="generating", disable=None)  # shown on a terminal
+        progress = Progress("generating", len(order))
         for batch in _batches(order, self.batch_size):
 
             def finished(row: int, new: list[int], batch: list[int] = batch) -> bool:

@@ -28,6 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+from jax_huginn.config.cli import OneLineParser, run_verb
+
 TIMES = {"tokens_per_second", "tflops_per_second", "mfu"}
 SMALL = shlex.split("""--model.width 32 --model.mlp_width 48 --model.vocab_size 512 --moe.width 16 --train.batch_size 4
     --train.micro_batches 2 --train.sequence_length 64 --optimizer.warmup_steps 4 --optimizer.cooldown_steps 0
@@ -38,7 +40,7 @@ PATIENCE = 300  # seconds that a life may take
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
@@ -182,4 +184,4 @@ def compare(left: Path, right: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    run_verb(main)

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from parity_table import BOUND, Claim, beside, table
 
+from jax_huginn.config.cli import OneLineParser, run_verb
 from parity_tests import support
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -134,7 +135,7 @@ def cpu_name() -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="Markdown file; printed in any case")
     parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto")
     options, rest = parser.parse_known_args()
@@ -158,4 +159,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_verb(lambda: sys.exit(main()))

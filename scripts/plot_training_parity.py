@@ -10,8 +10,12 @@ import argparse
 import sys
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+
+try:
+    import matplotlib
+except ImportError:
+    sys.exit("error: plots need matplotlib: pip install -e '.[plots]'")
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -22,11 +26,13 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
+from jax_huginn.config.cli import OneLineParser, run_verb
+
 COLOURS = {"float64": "tab:blue", "float32": "tab:orange"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     out = parser.parse_args().out
     figure, (curves, differences) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
@@ -58,4 +64,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_verb(main)

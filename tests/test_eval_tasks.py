@@ -10,6 +10,7 @@ import pytest
 
 from eval_tasks import TASKS, TASKS_FOLDER
 from eval_tasks import build as tasks
+from jax_huginn.config.checks import ConfigError
 from jax_huginn.data.sources.files import stdlib_files
 from jax_huginn.data.sources.split import is_held_out
 from tests.test_data_generated import play
@@ -105,6 +106,17 @@ def test_pieces_are_disjoint_whole_lines_of_held_out_files(lines_of):
         assert tasks.PIECE_BYTES <= len(piece["text"].encode()) < tasks.PIECE_BYTES + 500
         assert piece["text"].splitlines()[0] in lines_of[piece["file"]]
         assert piece["text"].endswith("\n")
+
+
+def test_its_command_makes_no_folder_for_help_or_a_mistake(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as done:
+        tasks.main(["--help"])
+    assert done.value.code == 0
+    assert "folder to write the data into" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="unknown option --hlep; did you mean --help"):
+        tasks.main(["--hlep"])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_building_again_gives_the_same_bytes(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from eval_tasks.lm import HuginnLM
+from eval_tasks.progress import Progress
 from jax_huginn.config.checks import UserError
 from tests.evaluation_support import BOS, CONFIG, EOS, PAD, lively_model, make_tokenizer
 from torch_reference import MoEHuginnModel
@@ -197,3 +198,13 @@ def test_generation_ends_at_block_size(model):
     assert len(greedy(model, [[BOS] * 60], (1, 0), 100)[0]) == 4
     with pytest.raises(ValueError, match="at least one token"):
         greedy(model, [[]], (1, 0), 1)
+
+
+def test_where_a_bar_cannot_be_drawn_lines_say_how_far_an_evaluation_is(monkeypatch, capsys):
+    now = iter([0.0, 0.0, 4.0, 11.0, 11.0, 12.0, 30.0])
+    monkeypatch.setattr("eval_tasks.progress.time", SimpleNamespace(monotonic=lambda: next(now)))
+    progress = Progress("scoring", 8)
+    for _ in range(4):
+        progress.update(2)
+    progress.close()
+    assert capsys.readouterr().err.splitlines() == ["scoring 8 requests", "scoring 50 % of 8 requests"]

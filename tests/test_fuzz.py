@@ -1,4 +1,4 @@
-"""Damaged inputs give one-line errors of our own and nothing else; `scripts/fuzz.py --cases 5000` does it at length."""
+"""Damaged inputs give one-line errors of our own and nothing else; `scripts/fuzz.py` does it at length."""
 
 import dataclasses
 import json

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -164,7 +165,8 @@ def test_script_reports_what_cannot_run_offline_and_runs_the_rest(files, tmp_pat
     done = run_script(files, tmp_path, tasks, "--limit", "2", "--output", "results.json")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    arc, tiny = done.stderr.strip().splitlines()
+    arc, tiny, scoring = done.stderr.strip().splitlines()
+    assert re.fullmatch(r"scoring \d+ requests", scoring)
     assert "arc_easy did not run: its dataset cannot be loaded: Couldn't reach 'allenai/ai2_arc'" in arc
     assert "OfflineModeIsEnabled" in arc  # found out once, not by retries that take 23 s a task
     assert "tinyMMLU did not run: it needs the package tinyBenchmarks: pip install git+https://github.com/" in tiny
@@ -269,7 +271,9 @@ def test_a_task_that_cannot_run_is_one_line_and_the_rest_runs(files, capsys, tmp
     given = arguments(files, "--limit=1", "--include_path", str(tmp_path), tasks=f"{name},stdlib_perplexity")
     assert main(given) == 1
     out, err = capsys.readouterr()
-    assert err == f"quick_checkpoint_eval: error: {name} did not run: {message}\n"
+    failed, scoring = err.splitlines()
+    assert failed == f"quick_checkpoint_eval: error: {name} did not run: {message}"
+    assert re.fullmatch(r"scoring \d+ requests", scoring)
     assert "|stdlib_perplexity|" in out
     if "unsafe" in more:
         assert main([*given, "--confirm_run_unsafe_code"]) == 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jax_huginn.reporting.console import Console
+from jax_huginn.reporting.console import Console, next_commands
 from jax_huginn.reporting.record import METRICS, in_order, markdown_table, metric_of, tag
 
 ROOT = Path(__file__).parent.parent
@@ -41,6 +41,13 @@ def test_no_time_left_is_claimed_before_a_step_was_measured(capsys):
         "step 2/100  loss 1.5000  depth 3+1  1,234 tokens/s  0:03:16 left",
         "step 3/100  loss 1.2500  depth 3.5+1  1,234 tokens/s  0:03:14 left",
     ]
+
+
+def test_a_run_on_other_data_is_not_sent_to_the_tasks_of_the_library(tmp_path, make_config):
+    (tmp_path / "tokenizer").mkdir()
+    for source, tasks in (("stdlib", "stdlib_continuation,stdlib_perplexity"), ("text", "arc_easy,hellaswag")):
+        _, evaluate, _ = next_commands(tmp_path, make_config(data={"source": source, "path": "x"}))
+        assert f"--tasks {tasks} --recurrence 6" in evaluate
 
 
 SPEAK = """

@@ -108,9 +108,12 @@ def next_commands(run_dir: Path, config: Config) -> list[str]:
             "python", "-m", "jax_huginn.evaluate", f"{run_dir}", "--tasks", config.data.task, "--recurrence", depths,
         ])  # fmt: skip
     elif (run_dir / "tokenizer").is_dir():
+        # The library's own tasks ask about files that only a run on the library has held out.
+        own = config.data.source == "stdlib"
         commands.append([
             "python", "torch_reference/quick_checkpoint_eval.py", "--checkpoint_name", f"{run_dir}/model.pth",
-            "--tokenizer_path", f"{run_dir}/tokenizer", "--tasks", "stdlib_continuation,stdlib_perplexity",
+            "--tokenizer_path", f"{run_dir}/tokenizer",
+            "--tasks", "stdlib_continuation,stdlib_perplexity" if own else "arc_easy,hellaswag",
             "--recurrence", f"{config.recurrence.mean}",
         ])  # fmt: skip
     if config.log.tensorboard:

@@ -104,6 +104,8 @@ def _train(config: Config, deadline: Deadline | None, lock: RunLock) -> None:
                 done = step + 1
                 if (step - begin) % DEPTHS_COMPARED == 0:
                     _compare_depths(config, step)
+                if step == begin:
+                    console.say("reading the first rows")
                 rows = next(data.train)
                 whole = False
                 batch = batches.place(rows)
@@ -135,6 +137,8 @@ def _train(config: Config, deadline: Deadline | None, lock: RunLock) -> None:
                 validating = not stopping and (last or _is_due(done, config.validation.every))
                 if saving or validating:
                     record, pending = reporter.measure(*pending), None
+                    if validate and validating:
+                        console.say(f"step {done}  validating")
                     with reporter.paused():
                         losses = validate(state.params) if validate and validating else {}
                         reporter.send(record | losses)
@@ -177,10 +181,12 @@ def _initial_state(
     2. the weights of `checkpoint.init_from`, with a fresh optimiser, at step 0;
     3. fresh weights from `train.seed`, at step 0.
     """
-    if checkpoints.latest_step():
+    if newest := checkpoints.latest_step():
+        console.say(f"reading the checkpoint of step {newest}")
         state = checkpoints.restore(abstract_state(config, mesh), batches)
         console.say(f"resuming {config.run_dir} from step {int(state.step)}")
         return state
+    console.say("making the initial state")
     state = make_state(config, mesh)
     if start:
         state = dataclasses.replace(state, params=load_into(start, state.params))
