@@ -13,6 +13,7 @@ from jax_huginn.config.checks import UserError, require
 
 if TYPE_CHECKING:
     from jax_huginn.inference import Exit, Generated, Sampling, Totals
+    from jax_huginn.inference.cache import Policy
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Settings:
     recurrence: int | None
     exit: "Exit | None"
     sampling: "Sampling"
-    policy: str
+    policy: "Policy"
     budget: int
     warm_start: bool
     seed: int

@@ -108,6 +108,7 @@ def generate_plainly(
 ) -> Row:  # fmt: skip
     """Greedy."""
     plain = Plain(model, recurrence, policy, budget, exit)
+    log_p = np.zeros(0)
     for token in prompt:
         log_p = plain.think(token, in_prompt=True)
     tokens, logprobs = [], []

@@ -10,7 +10,7 @@ from jax_huginn import writing
 from jax_huginn.config.cli import run_verb
 from jax_huginn.inference import cache as caches
 from jax_huginn.interop.huggingface import write_huggingface
-from tests.evaluation_support import BOS, make_tokenizer
+from tests.evaluation_support import BOS, EOS, make_tokenizer
 from tests.generation_support import model_of
 
 PROMPTS = ["def f(x):", "a", "for i in range(10):\n    print"]
@@ -21,7 +21,9 @@ def folder(tmp_path_factory):
     """A Hugging Face folder with a tokenizer of bytes."""
     place = tmp_path_factory.mktemp("verb")
     make_tokenizer().save_pretrained(place / "tokenizer")
-    write_huggingface(model_of("dense", "float32", model={"vocab_size": 264}), place / "hf", place / "tokenizer")
+    model = model_of("dense", "float32", model={"vocab_size": 264})
+    model.wte[...] = model.wte[...].at[EOS].set(0)  # never among the likely ones
+    write_huggingface(model, place / "hf", place / "tokenizer")
     return place
 
 

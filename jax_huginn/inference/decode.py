@@ -84,7 +84,7 @@ def generate(
     on_tokens: Callable[[int, list[int]], int | None] | None = None,
     tokens_per_call: int = 16,
     memory_limit: int | None = None,
-    devices: Sequence[jax.Device] = (),
+    devices: Sequence[Any] = (),
 ) -> tuple[list[Generated], Totals]:
     """Continue every prompt, all in one batch.
 
@@ -132,7 +132,7 @@ def generate(
     tokens_BS = jnp.asarray(tokens_BS)
     if mesh is not None:
         params = jax.device_put(params, NamedSharding(mesh, REPLICATED))
-        inputs = jax.device_put(inputs, Inputs(*(NamedSharding(mesh, spec) for spec in INPUT_SPECS)))  # pyright: ignore[reportArgumentType]
+        inputs = jax.device_put(inputs, Inputs._make(NamedSharding(mesh, spec) for spec in INPUT_SPECS))
         tokens_BS = jax.device_put(tokens_BS, NamedSharding(mesh, BY_ROW))
 
     clock = _Clock()
@@ -181,9 +181,11 @@ def generate(
             reason = "interrupted" if interrupted and not made.finished_B[row] else "context"
         steps, logprobs = made.steps_BN[row, :count].tolist(), made.logprobs_BN[row, :count].tolist()
         results.append(Generated(list(prompts[row]), tokens, steps, logprobs, reason))
-    spent = (made.used_B, made.computed_B, prompt_used_B, prompt_computed_B)
+    used, computed, prompt_used, prompt_computed = (
+        int(np.sum(each[:rows])) for each in (made.used_B, made.computed_B, prompt_used_B, prompt_computed_B)
+    )
     return results, Totals(
-        rows, sum(len(result.tokens) for result in results), *(int(np.sum(each[:rows])) for each in spent),
+        rows, sum(len(result.tokens) for result in results), used, computed, prompt_used, prompt_computed,
         size * max(len(devices), 1), compiling, prefilling, decoding,
     )  # fmt: skip
 

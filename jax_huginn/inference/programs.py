@@ -75,8 +75,8 @@ class Carry(NamedTuple):
     """Tokens of prompt and text, for the repetition penalty; (B,0) without one."""
 
 
-INPUT_SPECS = Inputs(BY_ROW, BY_ROW, BY_ROW, REPLICATED)
-_CARRY_SPECS: Any = Carry(BY_ROW, PartitionSpec(None, DATA), BY_ROW, BY_ROW, BY_ROW)  # pyright: ignore[reportArgumentType]
+INPUT_SPECS: Any = Inputs._make([BY_ROW, BY_ROW, BY_ROW, REPLICATED])
+_CARRY_SPECS: Any = Carry._make([BY_ROW, PartitionSpec(None, DATA), BY_ROW, BY_ROW, BY_ROW])
 
 
 def compiled(function: Any, graphdef: nnx.GraphDef, rules: Rules, *inputs: Any) -> Callable[..., Any]:
