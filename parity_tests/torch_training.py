@@ -9,6 +9,7 @@ from torch import Tensor
 
 from jax_huginn.config.schema import Config, OptimizerConfig
 from torch_reference import MoEHuginnModel
+from torch_reference.model import MoEHuginnOutput
 
 Update = Callable[[float], None]
 """Moves the weights by their gradients at a learning rate."""
@@ -39,7 +40,7 @@ def train(model: MoEHuginnModel, config: Config, steps: Sequence[Sequence[MicroB
     for step, micro_batches in enumerate(steps):
         model.zero_grad()
         outputs = [model(part.tokens, part.depth, part.initial_state, part.labels) for part in micro_batches]
-        objective = torch.stack([output.loss for output in outputs]).mean()
+        objective = torch.stack(losses(model, outputs)).mean()
         objective.backward()
 
         # By hand: torch.nn.utils.clip_grad_norm_ adds 1e-6 to the norm that it divides by, the textbook does not.
@@ -54,6 +55,21 @@ def train(model: MoEHuginnModel, config: Config, steps: Sequence[Sequence[MicroB
         loss = torch.stack([output.log_ppl for output in outputs]).mean()
         records.append(Record(loss.item(), objective.item(), norm.item(), rate))
     return records
+
+
+def losses(model: MoEHuginnModel, outputs: Sequence[MoEHuginnOutput]) -> list[Tensor]:
+    """The micro-batches' losses, where a MoE at the injection is balanced over the micro-batches so far."""
+    found = []
+    for number, output in enumerate(outputs):
+        assert output.loss is not None
+        loss = output.loss
+        if output.moe is not None and model.moe_at_injection:
+            so_far_E = torch.stack([each.moe.counts_E for each in outputs[: number + 1] if each.moe]).sum(0)
+            share_E = so_far_E.to(output.moe.probability_E) / so_far_E.sum()
+            balance = len(so_far_E) * (share_E * output.moe.probability_E).sum()
+            loss = loss + model.config.balance_weight * (balance - output.moe.balance_loss)
+        found.append(loss)
+    return found
 
 
 def learning_rate(config: Config, step: int) -> float:

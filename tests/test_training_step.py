@@ -49,18 +49,22 @@ def test_a_step_is_the_mean_gradient_of_its_learnt_tokens_clipped_and_decayed(ma
     new_state, metrics = jax.jit(make_train_step(config))(state, tokens, labels, n_U, k_U)
 
     graphdef, _ = abstract_model(config)
-    gradients, losses = [], []
+    gradients, losses, earlier_E = [], [], jnp.zeros(config.moe.experts)
     for index in range(2):
         key = jax.random.fold_in(jax.random.key(5), index)
         s_0 = initializers.random_state(key, (2, 64, 32), jnp.dtype("float64"))
         part = slice(2 * index, 2 * index + 2)
 
-        def objective(params, part=part, s_0=s_0, index=index):
+        def objective(params, part=part, s_0=s_0, index=index, earlier_E=earlier_E):
             output = nnx.merge(graphdef, params).training_loss(tokens[part], labels[part], n_U[index], k_U[index], s_0)
-            auxiliary = (output.loss - output.log_ppl) / 2
-            return auxiliary + output.log_ppl * counted_U[index] / counted_U.sum()
+            counts_E = earlier_E + output.moe.counts_E  # balanced over the step so far, not within a micro-batch
+            balance = len(counts_E) * jnp.sum(counts_E / counts_E.sum() * output.moe.probability_E)
+            balance -= output.moe.balance_loss
+            auxiliary = (output.loss - output.log_ppl + config.moe.balance_weight * balance) / 2
+            return auxiliary + output.log_ppl * counted_U[index] / counted_U.sum(), (counts_E, balance)
 
-        loss, gradient = jax.value_and_grad(objective)(state.params)
+        (loss, (earlier_E, balance)), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
+        assert (abs(balance) > 1e-4) == (index > 0)
         gradients.append(gradient)
         losses.append(loss)
     mean = jax.tree.map(lambda a, b: a + b, *gradients)

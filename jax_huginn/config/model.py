@@ -86,7 +86,8 @@ class MoEConfig:
     residual: bool = False
     """Add the MoE's output to its input before its norm (placement injection); used to upcycle a dense model."""
     balance_weight: float = 0.01
-    """Weight of the load-balance loss, which is 1 when balanced."""
+    """Weight of the load-balance loss, which is 1 when balanced: over the step's micro-batches so far with placement
+    injection, within each call of a router with placement core."""
     z_weight: float = 0.0
     """Weight of the router z-loss, the mean squared logsumexp of the router's logits."""
 

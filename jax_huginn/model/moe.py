@@ -52,12 +52,21 @@ class Routing:
         """`combine` for records stacked along a leading axis."""
         return jax.tree.map(lambda leaf: leaf.sum(axis=0), stacked).averaged(stacked.entropy.shape[0])
 
+    def with_earlier(self, earlier_E: jax.Array) -> Routing:
+        """The record of one call whose balance loss takes f from earlier calls' assignments too; P stays its own."""
+        return dataclasses.replace(self, balance_loss=balance_loss(self.counts_E + earlier_E, self.probability_E))
+
     def averaged(self, calls: int | jax.Array) -> Routing:
         """The combined record of `calls` calls, from the sum of their records."""
         means = jax.tree.map(lambda leaf: leaf / calls, self)
         return dataclasses.replace(
             means, counts_E=self.counts_E, first_choice_E=self.first_choice_E, dropped=self.dropped
         )
+
+
+def balance_loss(counts_E: jax.Array, probability_E: jax.Array) -> jax.Array:
+    """E * sum_i f_i P_i, with f the shares of the assignments; gradients flow through P alone."""
+    return len(counts_E) * jnp.sum(counts_E / counts_E.sum() * probability_E)
 
 
 def route(x_TD: jax.Array, router_DE: jax.Array, active: int) -> tuple[jax.Array, jax.Array, Routing]:
@@ -81,7 +90,7 @@ def route(x_TD: jax.Array, router_DE: jax.Array, active: int) -> tuple[jax.Array
         first_choice_E=batch_sum(jax.nn.one_hot(experts_TA[:, 0], experts, dtype=dtype).sum(axis=0)),
         probability_E=probability_E,
         entropy=batch_mean(-(probability_TE * log_probability_TE).sum(axis=-1).mean()),
-        balance_loss=experts * jnp.sum(counts_E / counts_E.sum() * probability_E),
+        balance_loss=balance_loss(counts_E, probability_E),
         z_loss=batch_mean(jnp.mean(log_normalizer_T1**2)),
         dropped=jnp.zeros((), dtype),
     )
