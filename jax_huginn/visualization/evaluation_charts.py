@@ -42,7 +42,7 @@ def _charts(metric: str, evaluations: Sequence[Evaluation]) -> Iterator[Chart]:
             *_curves(adaptive, evaluations, lambda score: score.used, "exit, steps used", "dot"),
             *_curves(adaptive, evaluations, lambda score: score.computed, "exit, steps computed", "dash"),
         ]
-        axis = Axis("recurrences per token, mean", log=True)
+        axis = Axis("recurrences per token, mean", log=True, ticks=[2**power for power in range(12)])
         note = f"{NOTE} Solid: depths. Dotted and dashed: exit criteria; exited tokens are computed along."
         yield Lines(f"{key}_executed", f"{title} by executed recurrences", axis, Axis(metric), series, note=note)
 
