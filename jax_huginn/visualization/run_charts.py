@@ -80,6 +80,7 @@ PANELS = (*TRAINING, *DEPTH, *STATES, *EXPERTS, *SPEED)
 DRAWN_OTHERWISE = {
     "step": "the axis",
     "tokens": "the head of the page",
+    "epochs": "follows the tokens",
     "val_accuracy_r{r}_by_group": "the chart by group",
     "val_groups": "the chart by group",
     "val_group_labels": "the error bars of that chart",
