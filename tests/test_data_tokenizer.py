@@ -149,3 +149,15 @@ def test_token_bytes_need_a_byte_level_tokenizer() -> None:
     words = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "word": 2}, unk_token="<s>"))
     with pytest.raises(DataError, match="byte-level"):
         token_bytes(PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>"), 3)
+
+
+def test_code_beside_a_tokenizer_neither_runs_nor_is_asked_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in every exported folder, whose config.json names modelling files."""
+    save_tokenizer(train_tokenizer(["a tale of foxes"], 259), tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "unknown", "auto_map": {"AutoConfig": "code.Configuration"}}')
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Configuration: ...\n")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether code may run"))
+    assert len(load_tokenizer(str(tmp_path))) == 259
+    assert not (tmp_path / "ran").exists()

@@ -86,7 +86,7 @@ def load_tokenizer(path_or_name: str, report: Callable[[str], None] = print) -> 
     folder = Path(path_or_name).expanduser()
     folder = folder if folder.exists() else fetch_tokenizer(path_or_name, report)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # OSError, KeyError, ImportError, ...; tokenizers raises a bare Exception
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"data.tokenizer={path_or_name!r} holds no tokenizer that can be loaded: {reason}") from None
