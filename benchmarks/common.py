@@ -41,10 +41,14 @@ def median_seconds(run: Callable[[], Any], repeats: int, warmup: int = 2, calls:
 
 
 def report(**case: Any) -> None:
-    """Print a case as one JSON line, with the device, the versions and the commit."""
+    """Print a case as one JSON line."""
+    print(case_line(**case), flush=True)
+
+
+def case_line(**case: Any) -> str:
+    """A case as one JSON line, with the device, the versions and the commit."""
     device = jax.devices()[0]
-    line = {**case, "device": device.device_kind, "jax": jax.__version__, "commit": commit()}
-    print(json.dumps(line), flush=True)
+    return json.dumps({**case, "device": device.device_kind, "jax": jax.__version__, "commit": commit()})
 
 
 def commit() -> str:

@@ -17,7 +17,7 @@ from jax_huginn.data.pipeline import build_data
 from jax_huginn.data.resume import whole_position
 from jax_huginn.data.rows import IGNORE, Row
 from jax_huginn.data.sources.files import DataError
-from jax_huginn.data.tasks import ShellGame
+from jax_huginn.data.tasks import TASKS, ShellGame
 from jax_huginn.training.loop import train
 
 PAIRS = dict(zip("ABCDEFGHIJ", ["12", "13", "14", "15", "23", "24", "25", "34", "35", "45"], strict=True))
@@ -65,6 +65,36 @@ def test_games_are_answered_right_and_only_answers_are_learnt():
     assert set(counts) == set(range(1, 13))
     answers = np.concatenate([row.labels[row.labels != IGNORE] for row in rows])
     assert np.bincount(answers).min() > 0.7 * len(answers) / 5
+
+
+def rearrange(factors: str) -> str:
+    """The element that rearranges ABC as the factors do, one after the other."""
+    ways = dict(zip("abcdef", ["ABC", "ACB", "BAC", "BCA", "CAB", "CBA"], strict=True))
+    things = "ABC"
+    for factor in factors:
+        things = "".join(things["ABC".index(place)] for place in ways[factor])
+    return next(letter for letter, way in ways.items() if way == things)
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("products", rearrange),
+        ("last_digit", lambda digits: str(sum(map(int, digits)))[-1]),
+        ("most_frequent", lambda letters: sorted(letters, key=lambda each: (-letters.count(each), each))[0]),
+    ],
+)
+def test_the_other_tasks_are_answered_right(name, answer):
+    task = TASKS[name]
+    text = "".join(
+        task.alphabet[token]
+        for row in held_out_rows(name, count=50, length=40, hardest=12, seed=0)
+        for token in row.tokens
+    )
+    lines = [line for line in text.split("\n") if line]
+    assert {len(line) - 2 for line in lines} == set(range(1, 13))
+    for line in lines:
+        assert line == f"{line[:-2]}={answer(line[:-2])}"
 
 
 def test_the_curriculum_grows_with_the_row():

@@ -1,12 +1,12 @@
-"""Accuracy of shell game runs by recurrences and difficulty, and what exit criteria spend and cost.
+"""Accuracy on a generated task by recurrences and difficulty, and what exit criteria spend and cost.
 
-    python benchmarks/shell_game.py runs/shell_game [RUN ...] >> benchmarks/results/shell_game.jsonl
+    python benchmarks/generated_tasks.py runs/shell_game [RUN ...] >> benchmarks/results/shell_game.jsonl
 
-A JSON line a run, for `plot_shell_game.py`. Every game is a row by itself, a newline in front, as a prompt has it. The
-games are the same for all runs, `--games` of each number of swaps.
+A JSON line a run, for `plot_generated_tasks.py`. Every example is a row by itself, a newline in front, as a prompt has
+it. The examples are the same for all runs on a task, `--examples` of each difficulty.
 
-Three ways to exit, all by inference's own criteria. `exits`: all tokens of a game think until `=`, whose prediction is
-the answer, exits. `exits_everywhere`: each token exits by itself, as in `generate`. `exits_after_prompt`: the tokens
+Three ways to exit, all by inference's own criteria. `exits`: all tokens of an example think until `=`, whose prediction
+is the answer, exits. `exits_everywhere`: each token exits by itself, as in `generate`. `exits_after_prompt`: the tokens
 before `=` think for all recurrences, then `=` is a new token over their cache and exits by itself.
 """
 
@@ -35,10 +35,10 @@ from jax_huginn.model import functional, initializers
 from jax_huginn.model.huginn import MoEHuginnModel
 
 MOST = 64  # recurrences
-SHOWN = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # of which accuracy is kept for each number of swaps
-LEVELS = range(1, 33)  # swaps
-ROWS = 256  # games at once
-SEED = 17  # of the games
+SHOWN = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # of which accuracy is kept for each difficulty
+LEVELS = range(1, 33)  # difficulties
+ROWS = 256  # examples at once
+SEED = 17  # of the examples
 RULES = {
     "kl < 5e-4": Exit("kl"),
     "kl < 1e-5": Exit("kl", 1e-5),
@@ -53,35 +53,36 @@ GENERATED = ("kl < 5e-4", "kl-entropy < 5e-4, 0.3")
 def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="what a trained model is loaded from")
-    parser.add_argument("--games", type=int, default=32, help="of each number of swaps (32)")
-    parser.add_argument("--no-exits", action="store_true", help="accuracy by recurrences and swaps only")
+    parser.add_argument("--examples", type=int, default=32, help="of each difficulty (32)")
+    parser.add_argument("--no-exits", action="store_true", help="accuracy by recurrences and difficulty only")
     options, _ = parse(parser)
     for run in options.runs:
-        report(benchmark="shell_game", **measure(load_checkpoint(run), options.games, not options.no_exits))
+        report(**measure(load_checkpoint(run), options.examples, not options.no_exits))
 
 
-def measure(model: MoEHuginnModel, games: int, exiting: bool) -> dict[str, Any]:
+def measure(model: MoEHuginnModel, examples_each: int, exiting: bool) -> dict[str, Any]:
     config = model.config
     task = TASKS[config.data.task]
     examples = [
         task.example(iter(random_bits(64, SEED, level, number).tolist()), level)
-        for number in range(games)
+        for number in range(examples_each)
         for level in LEVELS
     ]
-    level_T = np.tile(LEVELS, games)
+    level_T = np.tile(LEVELS, examples_each)
     parts = [examples[begin : begin + ROWS] for begin in range(0, len(examples), ROWS)]
     answer_T = np.array([example[-1] for example in examples])
     best_RT, steps = curves(model, parts)
     right_RT = best_RT == answer_T
     found = {
+        "benchmark": config.data.task,
         "experts": config.moe.experts,
         "mean": config.recurrence.mean,
         "curriculum_rows": config.data.curriculum_rows,
         "seed": config.train.seed,
         "steps": config.train.steps,
         "difficulty": config.data.difficulty,
-        "games": games,
-        "swaps": list(LEVELS),
+        "examples": examples_each,
+        "difficulties": list(LEVELS),
         "accuracy": {r: by_level(right_RT[r - 1], level_T) for r in SHOWN},
         "accuracy_by_r": np.round(right_RT.mean(1), 4).tolist(),
     }
@@ -113,14 +114,14 @@ def summary(steps_T: np.ndarray, right_T: np.ndarray, level_T: np.ndarray) -> di
 
 def padded(examples: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     """Tokens without the answers, padded on the right, and their numbers."""
-    tokens_BS = np.zeros((len(examples), max(LEVELS) + 3), np.int32)
+    tokens_BS = np.zeros((len(examples), max(map(len, examples)) - 1), np.int32)
     for row, example in enumerate(examples):
         tokens_BS[row, : len(example) - 1] = example[:-1]
     return tokens_BS, np.array([len(example) - 1 for example in examples], np.int32)
 
 
 def curves(model: MoEHuginnModel, parts: list[list[list[int]]]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The answer that every recurrence's read-out gives, (MOST, games), and the exit of every rule, (games,)."""
+    """The answer that every recurrence's read-out gives, (MOST, examples), and the exit of every rule, (examples,)."""
     graphdef, params = functional.split(model.cast())
     found = [jax.device_get(_curves(graphdef, params, *padded(part))) for part in parts]
     best_RT = np.concatenate([best_RB for best_RB, _ in found], axis=1)
@@ -161,11 +162,11 @@ def _curves(
 
 
 def everywhere(model: MoEHuginnModel, parts: list[list[list[int]]], rule: Exit) -> tuple[np.ndarray, np.ndarray]:
-    """Exits and answers of the last token of every game, where each token exits by itself."""
+    """Exits and answers of the last token of every example, where each token exits by itself."""
     made = [
         each
         for part in parts
-        for each in generate(model, [game[:-1] for game in part], max_new_tokens=1, recurrence=MOST, exit=rule)[0]
+        for each in generate(model, [example[:-1] for example in part], max_new_tokens=1, recurrence=MOST, exit=rule)[0]
     ]
     return np.array([each.steps[0] for each in made]), np.array([each.tokens[0] for each in made])
 
