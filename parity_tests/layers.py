@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from jax_huginn.interop.names import mapping_of
 from jax_huginn.model import blocks, moe
 from parity_tests.support import Batch, Pair, Tensors, array_of, compare, jit
-from torch_reference import model as twin_module
+from torch_reference.model import SandwichBlock
 
 # ---- Layer by layer ---------------------------------------------------------------------------------------------
 
@@ -41,7 +41,7 @@ def layer_outputs(pair: Pair, batch: Batch, depth: tuple[int, int]) -> tuple[Ten
 
     hooks = []
     for name, layer in pair.twin.named_modules():
-        if isinstance(layer, twin_module.SandwichBlock):
+        if isinstance(layer, SandwichBlock):
             hooks.append(layer.register_forward_pre_hook(lambda _, x, name=name: note(f"{name} input", x[0])))
         if type(layer).__name__ in LAYERS:
             hooks.append(layer.register_forward_hook(lambda _, x, y, name=name: note(name, _first(y))))

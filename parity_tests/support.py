@@ -25,7 +25,8 @@ from jax_huginn.interop.names import to_torch
 from jax_huginn.model import moe
 from jax_huginn.model.huginn import HuginnOutput, MoEHuginnModel, TrainingLoss, abstract_model
 from tests.support import small_config
-from torch_reference.model import MoEHuginnOutput, RoutingStatistics
+from torch_reference.model import MoEHuginnOutput
+from torch_reference.moe import RoutingStatistics
 
 torch.set_num_threads(1)  # tensors this small lose tenfold to threads that wait for each other on a busy machine
 

@@ -20,7 +20,8 @@ from parity_tests.support import (
     make_pair,
     routing_values,
 )
-from torch_reference import model as twin_module
+from torch_reference import layers as twin_layers
+from torch_reference import moe as twin_moe
 
 each_dtype = pytest.mark.parametrize("dtype", ["float64", "float32"])
 PRELUDE, TWIN_PRELUDE = "prelude.0", "transformer.prelude.0"
@@ -59,7 +60,7 @@ def test_rms_norm_agrees_where_its_epsilon_matters_and_where_squares_are_large(d
     """Epsilon is inside the root and has the same size: a row of rms 1e-3 feels it at full strength."""
     weight = inputs(dtype, 32, seed=1)
     x = inputs(dtype, 8, 32, size=size)
-    twin = twin_module.RMSNorm(32, 1e-6)
+    twin = twin_layers.RMSNorm(32, 1e-6)
     twin.weight.data = torch.from_numpy(weight)
     ours, theirs = rms_norm(jnp.asarray(x), jnp.asarray(weight), 1e-6), twin(torch.from_numpy(x))
     check({"output": array_of(ours)}, {"output": array_of(theirs)}, VALUES[dtype], f"values, {dtype}")
@@ -69,7 +70,7 @@ def test_rms_norm_agrees_where_its_epsilon_matters_and_where_squares_are_large(d
 def test_rope_agrees_at_every_position_up_to_4096(dtype):
     x = inputs(dtype, 1, 4096, 2, 96)
     ours = apply_rope(jnp.asarray(x), jnp.asarray(rope_table(4096, 96, 50_000.0), dtype))
-    theirs = twin_module.apply_rope(torch.from_numpy(x), 50_000.0)
+    theirs = twin_layers.apply_rope(torch.from_numpy(x), 50_000.0)
     last = {"first": slice(0, 64), "middle": slice(64, 4032), "last": slice(4032, None)}
     ours, theirs = ({name: array_of(y)[:, part] for name, part in last.items()} for y in (ours, theirs))
     check(ours, theirs, VALUES[dtype], f"values, {dtype}")
@@ -178,7 +179,7 @@ def test_ties_go_to_the_expert_of_the_lower_index_in_both(dtype):
     x, router = np.eye(5, 32).astype(dtype), np.zeros((32, 4), dtype)
     router[:5] = logits
     experts, weights, _ = route(jnp.asarray(x), jnp.asarray(router), 2)
-    twin = twin_module.MoE(pair.twin.config).to(getattr(torch, dtype))
+    twin = twin_moe.MoE(pair.twin.config).to(getattr(torch, dtype))
     twin.router.weight.data = torch.from_numpy(router.T.copy())
     with torch.no_grad(), RouterSpy() as spy:
         twin(torch.from_numpy(x)[None])
@@ -192,7 +193,7 @@ def test_a_collapsed_router_loses_no_token(dtype):
     pair = make_pair("injection", dtype)
     params = jax.tree.map(lambda x: x, pair.params)
     params["moe"]["router"] = pair.params["moe"]["router"].at[:, 2].set(0.3)
-    twin = twin_module.MoE(pair.twin.config).to(getattr(torch, dtype))
+    twin = twin_moe.MoE(pair.twin.config).to(getattr(torch, dtype))
     twin.load_state_dict(pair.twin.transformer["moe"].state_dict())
     twin.router.weight.data[2] = 0.3
     x = [np.abs(inputs(dtype))]

@@ -28,7 +28,7 @@ from parity_tests.support import (
     torch_step,
 )
 from torch_reference import MoEHuginnModel
-from torch_reference import model as twin_module
+from torch_reference import layers as twin_layers
 
 CAUGHT = 1e-3
 """Least relative error of the worst tensor: 10^6 times the widest tolerance of float64, 10 times float32's."""
@@ -129,7 +129,7 @@ def test_init_weights_would_hide_such_mistakes():
 
 def rope_by_halves(x_BSHK: Tensor, base: float) -> Tensor:
     """The pairs (i, i + K/2) of GPT-NeoX, not (2i, 2i + 1)."""
-    cos, sin = twin_module.rope_tables(x_BSHK.shape[1], x_BSHK.shape[3], base, x_BSHK.device)
+    cos, sin = twin_layers.rope_tables(x_BSHK.shape[1], x_BSHK.shape[3], base, x_BSHK.device)
     first, second = x_BSHK.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
@@ -159,7 +159,7 @@ def final_norm_used_once(twin: MoEHuginnModel) -> None:
     hook(twin)
 
 
-right_rope = twin_module.apply_rope
+right_rope = twin_layers.apply_rope
 IN_CODE = {
     "embedding scale missing": ("dense", hooked("transformer.wte", lambda x, y: y / 32**0.5)),
     "the embedding is concatenated before the state": ("dense", embedding_first),
@@ -182,7 +182,7 @@ def test_a_mistake_in_the_wiring_is_caught(name):
     ids=["pairs by halves", "positions backwards", "base 10 000", "none"],
 )  # fmt: skip
 def test_a_mistake_in_rope_is_caught(wrong, monkeypatch):
-    monkeypatch.setattr(twin_module, "apply_rope", wrong)
+    monkeypatch.setattr(twin_layers, "apply_rope", wrong)
     assert worst_error("dense", lambda twin: None) > CAUGHT
 
 

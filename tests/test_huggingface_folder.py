@@ -188,7 +188,7 @@ def test_what_cannot_be_is_said(opened):
             x, past_key_values=StaticCache(config=model.config, max_cache_len=16)
         ),
         r"attention_mask has shape \(1, 4\), not \(1, 8\)": lambda: model(x, attention_mask=torch.ones(1, 4)),
-        "129 tokens are more than": lambda: model(tokens(1, 129)),
+        "129 tokens is longer than": lambda: model(tokens(1, 129)),
         "inputs_embeds cannot be given": lambda: model(x, inputs_embeds=torch.zeros(1, 8, 32)),
     }.items():
         with pytest.raises(ValueError, match=message):

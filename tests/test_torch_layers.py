@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests.torch_support import CORE, INJECTION, KINDS, batch, gradients, perturbed
-from torch_reference.model import MoE, RMSNorm, apply_rope
+from torch_reference.layers import RMSNorm, apply_rope
+from torch_reference.moe import MoE
 
 # ---- Mixture of Experts ---------------------------------------------------------------------------------------------
 

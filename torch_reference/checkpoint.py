@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .archive import Inert, plain, read_archive
 from .config import MoEHuginnConfig, model_config_of
-from .model import MoEHuginnModel, rope_tables
+from .layers import rope_tables
+from .model import MoEHuginnModel
 
 PREFIX = "_orig_mod._original_module."
 LM_HEAD, EMBEDDING, FREQUENCIES = ("lm_head.weight", "transformer.wte.weight", "freqs_cis")

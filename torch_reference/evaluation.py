@@ -1,13 +1,17 @@
 """The model as the evaluation harness wants it: `eval_tasks.language_model.LanguageModel` in PyTorch."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
 
 from eval_tasks.language_model import Reading, Score
 
+from .cache import Cache
 from .generate import greedy
 from .model import MoEHuginnModel
+
+WORTH_SHARING = 32  # tokens; for fewer, a second pass costs more than it saves
 
 
 class TorchLanguageModel:
@@ -26,12 +30,18 @@ class TorchLanguageModel:
 
     @torch.no_grad()
     def log_probabilities(self, readings: Sequence[Reading], recurrence: int) -> list[list[Score]]:
-        longest = max(len(reading.tokens) for reading in readings)
-        tokens_BS = torch.tensor([[*each.tokens, *[0] * (longest - len(each.tokens))] for each in readings])
-        output_BSD = self.model.hidden(tokens_BS.to(self.model.device), (recurrence, 0))[0]
+        """What all readings begin with, such as the examples of a few-shot task, is read once."""
+        texts, cache = [reading.tokens for reading in readings], Cache(self.model, (recurrence, 0))
+        predicting = max(len(continuation) for reading in readings for continuation in reading.continuations)
+        alike = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*texts, strict=False))
+        shared = min(len(list(alike)), min(map(len, texts)) - predicting)
+        if len(texts) > 1 and shared >= WORTH_SHARING:
+            cache.read([texts[0][:shared]])
+            texts = [text[shared:] for text in texts]
+        output_BSD = cache.read(texts, keep=False)
         return [
-            [self._score(output_SD[: len(reading.tokens)], continuation) for continuation in reading.continuations]
-            for output_SD, reading in zip(output_BSD, readings, strict=True)
+            [self._score(output_SD[: len(text)], continuation) for continuation in reading.continuations]
+            for output_SD, text, reading in zip(output_BSD, texts, readings, strict=True)
         ]
 
     def _score(self, output_SD: torch.Tensor, continuation: Sequence[int]) -> Score:

@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .cache import context_of
 from .config import MoEHuginnConfig, model_config_of
 from .initial_state import initial_state  # noqa: F401  Transformers 4 copies only files that this one names
-from .model import IGNORE, Context, MoEHuginnModel, at_least_float32
+from .layers import Context, at_least_float32
+from .model import IGNORE, MoEHuginnModel
+from .moe import MoE  # noqa: F401  likewise
 
 
 class HuginnConfig(PretrainedConfig):
@@ -137,20 +140,14 @@ class HuginnForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _context(self, input_ids: Tensor, attention_mask: Tensor | None, kv: DynamicCache | None) -> Context:
         past = 0 if kv is None else kv.get_seq_length()
-        (B, S), device = input_ids.shape, input_ids.device
+        B, S = input_ids.shape
         if attention_mask is None:
-            attention_mask = torch.ones(B, past + S, device=device)
-        real_BL = attention_mask.to(device).bool()
+            attention_mask = torch.ones(B, past + S)
+        real_BL = attention_mask.to(input_ids.device).bool()
         if tuple(real_BL.shape) != (B, past + S):
             raise ValueError(f"attention_mask has shape {tuple(real_BL.shape)}, not {(B, past + S)}")
-        position_BS = (real_BL.long().cumsum(dim=1) - 1).clamp(min=0)[:, past:]
-        if int(position_BS.max()) >= self._twin.config.block_size:
-            raise ValueError(f"{int(position_BS.max()) + 1} tokens are more than {self._twin.config.block_size=}")
-        own_S1, index_L = torch.arange(past, past + S, device=device)[:, None], torch.arange(past + S, device=device)
-        # A padding token sees itself, since a softmax over nothing is not a number.
-        visible_BSL = (index_L <= own_S1) & real_BL[:, None] | (index_L == own_S1)
         layers = itertools.count()
-        return Context(position_BS, visible_BSL, lambda k, v: (k, v) if kv is None else kv.update(k, v, next(layers)))
+        return context_of(real_BL, S, lambda k, v: (k, v) if kv is None else kv.update(k, v, next(layers)))
 
 
 class RavenForCausalLM(HuginnForCausalLM):

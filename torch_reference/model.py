@@ -3,7 +3,8 @@
 A depth-recurrent language model (Geiping et al. 2025, arXiv 2502.05171): a prelude embeds the tokens, one core
 is applied repeatedly to a latent state, and a coda reads out the result. A shared-expert Mixture of Experts
 transforms the embedding that every recurrence receives, or replaces the MLPs of the core. The code is written to be
-read, not for speed: experts run in a loop, the cache is the caller's, and the model does not sample its own depth.
+read, not for speed: experts run in a loop, the cache of `cache.py` grows by copies, and the model does not sample its
+own depth. `layers.py` holds the dense parts, `moe.py` the experts.
 
 The name of an array ends in its shape, one letter per axis:
 
@@ -17,9 +18,7 @@ The name of an array ends in its shape, one letter per axis:
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -28,20 +27,10 @@ from torch import Tensor, nn
 
 from .config import MoEHuginnConfig
 from .initial_state import initial_state as draw_initial_state
+from .layers import Attention, Context, GatedMLP, RMSNorm, at_least_float32
+from .moe import MoE, RoutingStatistics, summarise
 
 IGNORE = -100
-
-
-@dataclass
-class RoutingStatistics:
-    """Routing statistics. Over several calls (placement "core") counts are summed and the rest is averaged."""
-
-    counts_E: Tensor  # assignments that each expert received
-    first_choice_E: Tensor  # tokens that each expert was the first choice of
-    probability_E: Tensor  # mean over tokens of the softmax over all experts
-    entropy: Tensor  # mean over tokens of that softmax's entropy, in nats
-    z_loss: Tensor  # mean squared logsumexp of the logits: the z-loss before its weight
-    balance_loss: Tensor  # E * sum_i f_i P_i, 1 when balanced: the balance loss before its weight
 
 
 @dataclass
@@ -55,161 +44,6 @@ class MoEHuginnOutput:
     state_norm: Tensor  # mean over positions of ||s_R||, before the final norm
     loss: Tensor | None = None  # log_ppl plus the weighted auxiliary losses
     log_ppl: Tensor | None = None  # mean cross-entropy over the labels that are not ignored, in nats
-
-
-@dataclass
-class Context:
-    """Where the tokens are and what they see, for a caller that pads or caches. Default: 0 .. S-1, causal."""
-
-    position_BS: Tensor
-    visible_BSL: Tensor  # which of the L keys each token attends to
-    extend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # an attention's new (keys, values), (B,H,S,K) -> all L
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-class RMSNorm(nn.Module):
-    """Normalises in at least float32 and scales after the cast back."""
-
-    def __init__(self, D: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(D))
-        self.eps = eps
-
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        x32_BSD = at_least_float32(x_BSD)
-        normal_BSD = x32_BSD * torch.rsqrt(x32_BSD.square().mean(dim=-1, keepdim=True) + self.eps)
-        return normal_BSD.to(x_BSD.dtype) * self.weight
-
-
-@lru_cache(maxsize=8)
-def rope_tables(S: int, K: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * base^(-2i/K), each (S, 1, K/2) in float64."""
-    frequency = base ** -(torch.arange(0, K, 2, dtype=torch.float64) / K)
-    angle = torch.outer(torch.arange(S, dtype=torch.float64), frequency)[:, None, :]
-    return angle.cos().to(device), angle.sin().to(device)
-
-
-def apply_rope(x_BSHK: Tensor, base: float, position_BS: Tensor | None = None) -> Tensor:
-    """Rotates the interleaved pairs (2i, 2i + 1) of every head by its position's angles; 0 .. S-1 if not given."""
-    x32_BSHK = at_least_float32(x_BSHK)
-    length = x_BSHK.shape[1] if position_BS is None else int(position_BS.max()) + 1
-    cos, sin = rope_tables(length, x_BSHK.shape[3], base, x_BSHK.device)
-    if position_BS is not None:
-        cos, sin = cos[position_BS], sin[position_BS]
-    cos, sin = cos.to(x32_BSHK.dtype), sin.to(x32_BSHK.dtype)
-    even, odd = x32_BSHK[..., 0::2], x32_BSHK[..., 1::2]
-    turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
-    return turned.flatten(-2).to(x_BSHK.dtype)
-
-
-class Attention(nn.Module):
-    """Causal self-attention with a learned bias on queries and keys, and grouped key/value heads."""
-
-    def __init__(self, config: MoEHuginnConfig):
-        super().__init__()
-        D, H, G, K = (config.n_embd, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-        self.heads = (H, G, K)
-        self.rope_base = config.rope_base
-        self.Wqkv = nn.Linear(D, (H + 2 * G) * K, bias=False)
-        self.qk_bias = nn.Parameter(torch.zeros(2, 1, H, K))
-        self.proj = nn.Linear(H * K, D, bias=False)
-
-    def forward(self, x_BSD: Tensor, context: Context | None = None) -> Tensor:
-        H, G, K = self.heads
-        at = () if context is None else (context.position_BS,)
-        q_BSHK, k_BSGK, v_BSGK = self.Wqkv(x_BSD).unflatten(-1, (H + 2 * G, K)).split((H, G, G), dim=2)
-        k_BSHK = k_BSGK.repeat_interleave(H // G, dim=2)
-        v_BSHK = v_BSGK.repeat_interleave(H // G, dim=2)
-        q_BSHK = apply_rope(q_BSHK + self.qk_bias[0], self.rope_base, *at)
-        k_BSHK = apply_rope(k_BSHK + self.qk_bias[1], self.rope_base, *at)
-        q_BHSK, k_BHSK, v_BHSK = (x.transpose(1, 2) for x in (q_BSHK, k_BSHK, v_BSHK))
-        mask = None
-        if context is not None:
-            k_BHSK, v_BHSK = context.extend(k_BHSK, v_BHSK)
-            mask = context.visible_BSL[:, None]
-        y_BHSK = F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, mask, is_causal=mask is None)  # scale 1/sqrt(K)
-        return self.proj(y_BHSK.transpose(1, 2).flatten(2))
-
-
-class GatedMLP(nn.Module):
-    """proj(silu(gate) * up), with gate and up computed by one matrix, in this order."""
-
-    def __init__(self, config: MoEHuginnConfig):
-        super().__init__()
-        self.fc = nn.Linear(config.n_embd, 2 * config.intermediate_size, bias=False)
-        self.proj = nn.Linear(config.intermediate_size, config.n_embd, bias=False)
-
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        gate_BSF, up_BSF = self.fc(x_BSD).chunk(2, dim=-1)
-        return self.proj(F.silu(gate_BSF) * up_BSF)
-
-
-class Expert(nn.Module):
-    """One SwiGLU expert."""
-
-    def __init__(self, D: int, M: int):
-        super().__init__()
-        self.w_gate = nn.Linear(D, M, bias=False)
-        self.w_up = nn.Linear(D, M, bias=False)
-        self.w_down = nn.Linear(M, D, bias=False)
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return self.w_down(F.silu(self.w_gate(x_TD)) * self.w_up(x_TD))
-
-
-class MoE(nn.Module):
-    """shared(x) + sum over the chosen experts of p_a expert_a(x); no token is ever dropped."""
-
-    def __init__(self, config: MoEHuginnConfig):
-        super().__init__()
-        D, E, M = config.n_embd, config.num_experts, config.moe_intermediate_size
-        self.active = config.moe_k
-        self.router = nn.Linear(D, E, bias=False)
-        self.shared_expert = Expert(D, M)
-        self.specialized_experts = nn.ModuleList(Expert(D, M) for _ in range(E))
-
-    def forward(self, x_BSD: Tensor) -> tuple[Tensor, RoutingStatistics]:
-        x_TD = x_BSD.flatten(0, 1)
-        logits_TE = at_least_float32(x_TD) @ at_least_float32(self.router.weight).T
-        # A stable sort gives ties to the lower index, as JAX's top_k does; torch.topk promises nothing.
-        order_TE = logits_TE.sort(dim=-1, descending=True, stable=True).indices
-        chosen_TA = order_TE[:, : self.active]
-        weight_TA = logits_TE.gather(1, chosen_TA).softmax(dim=-1).to(x_TD.dtype)
-
-        y_TD = self.shared_expert(x_TD)
-        for i, expert in enumerate(self.specialized_experts):
-            token, slot = (chosen_TA == i).nonzero(as_tuple=True)
-            y_TD = y_TD.index_add(0, token, expert(x_TD[token]) * weight_TA[token, slot, None])
-        return y_TD.view_as(x_BSD), routing_statistics(logits_TE, chosen_TA)
-
-
-def routing_statistics(logits_TE: Tensor, chosen_TA: Tensor) -> RoutingStatistics:
-    """Statistics of one call; gradients flow through the probabilities and the logits, not through the counts."""
-    E = logits_TE.shape[1]
-    log_p_TE = logits_TE.log_softmax(dim=-1)
-    probability_E = log_p_TE.exp().mean(dim=0)
-    counts_E = torch.bincount(chosen_TA.flatten(), minlength=E)
-    return RoutingStatistics(
-        counts_E=counts_E,
-        first_choice_E=torch.bincount(chosen_TA[:, 0], minlength=E),
-        probability_E=probability_E,
-        entropy=-(log_p_TE.exp() * log_p_TE).sum(dim=-1).mean(),
-        z_loss=logits_TE.logsumexp(dim=-1).square().mean(),
-        balance_loss=E * (counts_E.to(probability_E) / chosen_TA.numel() * probability_E).sum(),
-    )
-
-
-def summarise(calls: list[RoutingStatistics], E: int, zero: Tensor) -> RoutingStatistics:
-    """Counts summed and the rest averaged over the calls that count; zeros when there was none."""
-    if not calls:
-        zero_E = zero.expand(E)
-        return RoutingStatistics(zero_E.long(), zero_E.long(), zero_E, zero, zero, zero)
-    stacked = {f.name: torch.stack([getattr(call, f.name) for call in calls]) for f in fields(RoutingStatistics)}
-    summed = ("counts_E", "first_choice_E")
-    return RoutingStatistics(**{name: x.sum(0) if name in summed else x.mean(0) for name, x in stacked.items()})
 
 
 class SandwichBlock(nn.Module):
@@ -328,8 +162,9 @@ class MoEHuginnModel(nn.Module):
         parts = self.transformer
         ln_f, wte = parts["ln_f"], cast(nn.Embedding, parts["wte"])
         _require_tokens(tokens, self.config.padded_vocab_size)
-        if tokens.shape[1] > self.config.block_size:
-            raise ValueError(f"a sequence of {tokens.shape[1]} tokens is longer than {self.config.block_size=}")
+        length = tokens.shape[1] if context is None else int(context.position_BS.max()) + 1
+        if length > self.config.block_size:
+            raise ValueError(f"a sequence of {length} tokens is longer than {self.config.block_size=}")
 
         e_BSD = wte(tokens) * math.sqrt(self.config.n_embd)
         e_BSD, _ = self._blocks("prelude", e_BSD, context)

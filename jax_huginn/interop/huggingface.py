@@ -32,7 +32,9 @@ from jax_huginn.interop.safetensors_files import INDEX, SINGLE, read_tensors, wr
 if TYPE_CHECKING:
     from jax_huginn.model.huginn import MoEHuginnModel
 
-_MODELLING_FILES = ("huggingface.py", "model.py", "config.py", "initial_state.py")
+_MODELLING_FILES = (
+    "huggingface.py", "model.py", "layers.py", "moe.py", "cache.py", "config.py", "initial_state.py",
+)  # fmt: skip
 SHARD_BYTES = 5_000_000_000
 
 
