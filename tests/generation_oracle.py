@@ -8,7 +8,8 @@ It recomputes what a policy of the cache means. At recurrence i, a new token rea
 
 and of itself i. Tokens of the prompt read each other as under full. The coda reads what earlier tokens left after their
 last recurrence; only the predictions that a criterion tests within the prompt, whose tokens think side by side, read
-them after recurrence min(i, r_s). Dense models with one block in the coda.
+them after recurrence min(i, r_s). With a warm start a new token's s_0 is the last state of the token before it, the
+prompt's tokens have the fixed one. Dense models with one block in the coda.
 """
 
 from typing import NamedTuple
@@ -32,12 +33,16 @@ class Row(NamedTuple):
 class Plain:
     """The model of a batch of one, in NumPy; it holds what every token left behind."""
 
-    def __init__(self, model: MoEHuginnModel, recurrence: int, policy: str, budget: int, exit: Exit | None):
+    def __init__(
+        self, model: MoEHuginnModel, recurrence: int, policy: str, budget: int, exit: Exit | None, warm_start: bool
+    ):
         self.model, self.recurrence, self.policy, self.budget, self.exit = model, recurrence, policy, budget, exit
+        self.warm_start = warm_start
         config = model.config.model
         self.angles = rope_table(config.max_length, config.head_dim, config.rope_base)
         self.starts = np.asarray(initializers.fixed_state(0, config.max_length, config.width), np.float64)
         self.kept: list[dict] = []
+        self.state = self.starts[0]
         self.steps: list[int] = []
 
     def seen(self, part: str, step: int, place: int, in_prompt: bool) -> int | None:
@@ -81,7 +86,8 @@ class Plain:
         e = value(self.model.wte)[token] * np.sqrt(self.model.config.model.width)
         for i, block in enumerate(self.model.prelude):
             e = self.block(block, e, ("prelude", i), None, in_prompt)
-        states, predictions = [self.starts[len(self.steps)]], []
+        warm = self.warm_start and not in_prompt
+        states, predictions = [self.state if warm else self.starts[len(self.steps)]], []
         for step in range(1, self.recurrence + 1):
             x = np.concatenate([states[-1], e]) @ value(self.model.adapter)
             for i, block in enumerate(self.model.core):
@@ -92,6 +98,7 @@ class Plain:
                 break
         last = self.read(states[-1], len(predictions), in_prompt=False)
         self.steps.append(len(predictions))
+        self.state = states[-1]
         return last
 
     def read(self, state, step: int, in_prompt: bool) -> np.ndarray:
@@ -104,10 +111,10 @@ class Plain:
 
 def generate_plainly(
     model: MoEHuginnModel, prompt: list[int], max_new_tokens: int, recurrence: int, exit: Exit | None = None,
-    policy: str = "full", budget: int = 0,
+    policy: str = "full", budget: int = 0, warm_start: bool = False,
 ) -> Row:  # fmt: skip
     """Greedy."""
-    plain = Plain(model, recurrence, policy, budget, exit)
+    plain = Plain(model, recurrence, policy, budget, exit, warm_start)
     log_p = np.zeros(0)
     for token in prompt:
         log_p = plain.think(token, in_prompt=True)

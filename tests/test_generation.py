@@ -80,6 +80,17 @@ def test_policies_and_exits_mean_what_a_plain_loop_computes(policy, budget, exit
         assert len(set(expected.steps + expected.prompt_steps)) > 1
 
 
+@pytest.mark.parametrize("exit", [None, Exit("latent-diff", 0.15)], ids=["fixed", "exits"])
+def test_a_warm_start_begins_where_the_last_token_ended(exit):
+    model, (prompt,) = model_of(), prompts_of(9)
+    warm, cold = (generate_plainly(model, prompt, 7, 4, exit, warm_start=each) for each in (True, False))
+    (row,), _ = generate(model, [prompt], max_new_tokens=7, recurrence=4, exit=exit, warm_start=True)
+    assert (row.tokens, row.steps) == (warm.tokens, warm.steps)
+    np.testing.assert_allclose(row.logprobs, warm.logprobs, rtol=1e-10)
+    assert row.logprobs[0] == pytest.approx(cold.logprobs[0], rel=1e-10)  # the prompt starts as always
+    assert not np.allclose(row.logprobs[1:], cold.logprobs[1:], rtol=1e-3)
+
+
 def test_a_stop_token_the_length_and_the_context_end_a_row():
     model, prompts = model_of(), prompts_of(5, 126)
     (first, second), _ = generate(model, prompts, max_new_tokens=8, recurrence=2)

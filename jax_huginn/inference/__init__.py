@@ -2,6 +2,7 @@
 
 from jax_huginn.inference.decode import Generated, Totals, generate
 from jax_huginn.inference.exits import Exit
+from jax_huginn.inference.iterations import Iterations, return_iterations
 from jax_huginn.inference.sampling import Sampling
 
-__all__ = ["Exit", "Generated", "Sampling", "Totals", "generate"]
+__all__ = ["Exit", "Generated", "Iterations", "Sampling", "Totals", "generate", "return_iterations"]
