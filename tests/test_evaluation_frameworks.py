@@ -1,6 +1,7 @@
 """`python -m jax_huginn.evaluate` and `quick_checkpoint_eval.py` give the same scores, and keep them apart by model."""
 
 import json
+from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
@@ -178,20 +179,18 @@ def test_a_task_that_generates_is_refused_with_exits(models):
 # ---- The cache of answers ---------------------------------------------------------------------------------------
 
 
-def cached(models, folder, model="torch", **setting) -> HuginnLM:
+def ask(models, folder, **setting) -> list:
+    """Answers of the twin, with a cache in the folder for this setting."""
     setting = {"weights": "w", "recurrence": 2, **setting}
-    model = getattr(models, model)
-    return HuginnLM(model, make_tokenizer(), setting["recurrence"], 4, AnswerCache(folder, setting))
-
-
-def ask(lm: HuginnLM) -> list:
     until = {"until": ["e"], "max_gen_toks": 4}
-    return [*lm.loglikelihood(requests(*PAIRS)), *lm.generate_until(requests(("abc", until), ("z", until)))]
+    with closing(AnswerCache(folder, setting)) as cache:
+        lm = HuginnLM(models.torch, make_tokenizer(), setting["recurrence"], 4, cache)
+        return [*lm.loglikelihood(requests(*PAIRS)), *lm.generate_until(requests(("abc", until), ("z", until)))]
 
 
 def test_a_killed_evaluation_resumes_from_its_answers(models, tmp_path, monkeypatch):
-    expected = ask(cached(models, None))
-    assert ask(cached(models, tmp_path)) == expected
+    expected = ask(models, None)
+    assert ask(models, tmp_path) == expected
     (file,) = tmp_path.iterdir()
     lines = file.read_text().splitlines()
     file.write_text("\n".join(lines[:6]) + "\n" + lines[6][:40])  # five answers, and one cut by a kill
@@ -203,22 +202,22 @@ def test_a_killed_evaluation_resumes_from_its_answers(models, tmp_path, monkeypa
         return score(self, readings, recurrence)
 
     monkeypatch.setattr(TorchLanguageModel, "log_probabilities", count)
-    resumed = ask(cached(models, tmp_path))
+    resumed = ask(models, tmp_path)
     assert len(asked) == len(PAIRS) - 5
     for one, other in zip(resumed, expected, strict=True):  # in other batches, so that float32 rounds otherwise
         assert one == other if isinstance(one, str) else one == (pytest.approx(other[0], abs=1e-5), other[1])
     asked.clear()
-    assert ask(cached(models, tmp_path)) == resumed
+    assert ask(models, tmp_path) == resumed
     assert asked == []
 
 
 def test_another_depth_model_or_type_never_gets_the_answers(models, tmp_path):
     """lm-eval's own cache returned the scores of recurrence 1 for recurrence 6."""
-    first = ask(cached(models, tmp_path))
+    first = ask(models, tmp_path)
     for change in ({"recurrence": 4}, {"weights": "other"}, {"dtype": "bfloat16"}):
-        ask(cached(models, tmp_path, **change))
+        ask(models, tmp_path, **change)
     assert len(list(tmp_path.iterdir())) == 4
-    assert ask(cached(models, tmp_path, recurrence=4)) == ask(cached(models, None, recurrence=4)) != first
+    assert ask(models, tmp_path, recurrence=4) == ask(models, None, recurrence=4) != first
 
 
 def test_the_commands_cache_by_depth(models, tmp_path, capsys):
@@ -230,7 +229,7 @@ def test_the_commands_cache_by_depth(models, tmp_path, capsys):
         assert quick_checkpoint_eval.main([*given, "--recurrence", depth, "--output", str(output)]) == 0
         results |= {(depth, key): value for key, value in json.loads(output.read_text())["results"].items()}
     assert results["1,3", "1"] == results["1", "1"] != results["3", "3"] == results["1,3", "3"]
-    settings = [json.loads(file.open().readline()) for file in (tmp_path / "cache").iterdir()]
+    settings = [json.loads(file.read_text().splitlines()[0]) for file in (tmp_path / "cache").iterdir()]
     assert sorted(setting["recurrence"] for setting in settings) == [1, 3]
     assert settings[0].keys() >= {"weights_sha256", "tokenizer_sha256", "dtype", "commit", "versions"}
 

@@ -49,8 +49,8 @@ def start(hub: HubServer, folder: Path, run: str, *options: str) -> subprocess.P
         "HF_TOKEN": "hf_verysecrettoken",
     }
     command = [sys.executable, "train_jax.py", "--config", str(preset), "--run_dir", str(folder / run), *options]
-    output = (folder / f"{run}.log").open("a")
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True)
+    with (folder / f"{run}.log").open("a") as output:  # the process has a handle of its own
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(process: subprocess.Popen[str], log: Path) -> str:

@@ -83,11 +83,11 @@ def test_opcodes_that_assemble_objects_by_hand_reach_nothing(tmp_path):
     """Pickles that no pickler writes: state and entries given to a class itself, an instance of a module's function."""
     proof = tmp_path / "proof"
     for program in (
-        b"cbuiltins\nexec\n(S'open(%r, \"w\")'\ntR.",
+        b"cbuiltins\nexec\n(S'open(%r, \"w\").close()'\ntR.",
         b"cbuiltins\nobject\n(dS'x'\nS%r\nsb.",
         b"cbuiltins\ndict\nS'x'\nS%r\ns.",
         b"cbuiltins\nlist\n(S%r\ne.",
-        b"(S'open(%r, \"w\")'\nibuiltins\nexec\n.",
+        b"(S'open(%r, \"w\").close()'\nibuiltins\nexec\n.",
     ):
         with zipfile.ZipFile(tmp_path / "hand.pth", "w") as archive:
             archive.writestr("hand/data.pkl", program.replace(b"%r", repr(str(proof)).encode()))
