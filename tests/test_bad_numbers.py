@@ -152,26 +152,35 @@ def watched(make_config):
     said: list[str] = []
     alarms = Alarms(make_config(), said.append, lambda: None)
 
-    def see(loss: float, **more) -> list[str]:
+    def see(loss: float, depth: int = 4, **more) -> list[str]:
         said.clear()
         see.step += 1
-        alarms.see({"step": see.step, "loss": loss, **more})
+        alarms.see({"step": see.step, "loss": loss, "n": depth - 2, "k": 2, **more})
         return list(said)
 
     see.step = 0
     return see
 
 
-def test_a_spike_is_told_once_an_episode(watched):
+def test_a_spike_is_reported_once_an_episode(watched):
     random = np.random.default_rng(0)
     calm = lambda: 3 + 0.05 * random.standard_normal()  # noqa: E731
     assert all(watched(calm()) == [] for _ in range(300))
     (line,) = watched(4.0)
-    assert line.startswith("warning: step 301: loss 4.0000 is a spike: the median of the last 100 steps is 2.98")
+    assert line.startswith("warning: step 301: loss 4.0000 is a spike: the median of the last 100 steps of this")
+    assert " depth or less is 2.98" in line
     assert watched(4.5) == []
     assert all(watched(calm()) == [] for _ in range(5))
     assert len(watched(4.0)) == 1
     assert watched(math.nan) == []
+
+
+def test_a_shallow_step_of_a_task_that_needs_depth_is_no_spike(watched):
+    """Three recurrences leave the task unsolved, and are sampled in one step of twenty."""
+    random = np.random.default_rng(0)
+    depths = [3 if step % 20 == 19 else int(random.integers(8, 60)) for step in range(400)]
+    assert all(watched(2.0 if depth == 3 else 0.01 + 0.001 * random.random(), depth) == [] for depth in depths)
+    assert len(watched(2.0, 50)) == 1
 
 
 def test_a_falling_loss_and_a_few_first_steps_are_no_spike(watched):
@@ -179,7 +188,7 @@ def test_a_falling_loss_and_a_few_first_steps_are_no_spike(watched):
     assert all(watched(8 * 0.99**step + 0.3 * (step % 3)) == [] for step in range(300))
 
 
-def test_a_collapsed_router_is_told_once_an_episode(watched):
+def test_a_collapsed_router_is_reported_once_an_episode(watched):
     collapsed = {"router_collapse_warning": True, "expert_counts": [3, 90, 7], "top_expert_usage_pct": 90.0}
     fine = {**collapsed, "router_collapse_warning": False}
     assert watched(3.0, **fine) == []

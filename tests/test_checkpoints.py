@@ -238,7 +238,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_newest_checkpoint_is_told_kept_and_passed_over(run, damage):
+def test_a_damaged_newest_checkpoint_is_reported_kept_and_passed_over(run, damage):
     config, folder = run
     DAMAGES[damage](folder / "checkpoints/12")
     (line,) = assert_restores(config, folder, 8)
@@ -340,7 +340,7 @@ def test_a_save_that_fails_costs_a_line_and_the_next_one_succeeds(run):
     assert assert_restores(config, folder, 20) == []
 
 
-def test_a_failure_in_the_background_is_told_too(run, monkeypatch):
+def test_a_failure_in_the_background_is_reported_too(run, monkeypatch):
     config, folder = run
 
     def no_room(*_):

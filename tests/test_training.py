@@ -16,6 +16,8 @@ from flax import nnx
 from jax_huginn import load_checkpoint
 from jax_huginn.checkpoints.load import find_step
 from jax_huginn.config.checks import UserError
+from jax_huginn.config.schema import Config
+from jax_huginn.training import loop
 from jax_huginn.training.loop import train
 
 ROOT = Path(__file__).parent.parent
@@ -208,17 +210,27 @@ def test_missing_checkpoints_are_said(tmp_path):
         load_checkpoint(tmp_path / "run")
 
 
-def test_training_runs_in_process_without_validation(corpus, tmp_path, make_config):
-    """The function behind the command, with nothing held out and a dense model."""
-    config = dataclasses.replace(
-        make_config(
-            model={"vocab_size": 300, "max_length": 32, "core_layers": 1, "prelude_layers": 0, "coda_layers": 0},
-            moe={"experts": 0},
-            train={"steps": 2, "batch_size": 2, "sequence_length": 32},
-            data={"source": "text", "path": str(corpus), "validation_fraction": 0.0, "streams": 2, "shuffle_window": 2},
-            log={"tensorboard": False},
-        ),
-        run_dir=str(tmp_path / "run"),
+def small_dense(make_config, corpus: Path, run_dir: Path) -> Config:
+    """Nothing held out, no experts, two steps."""
+    config = make_config(
+        model={"vocab_size": 300, "max_length": 32, "core_layers": 1, "prelude_layers": 0, "coda_layers": 0},
+        moe={"experts": 0},
+        train={"steps": 2, "batch_size": 2, "sequence_length": 32},
+        data={"source": "text", "path": str(corpus), "validation_fraction": 0.0, "streams": 2, "shuffle_window": 2},
+        log={"tensorboard": False},
     )
-    train(config)
+    return dataclasses.replace(config, run_dir=str(run_dir))
+
+
+def test_training_runs_in_process_without_validation(corpus, tmp_path, make_config):
+    """The function behind the command."""
+    train(small_dense(make_config, corpus, tmp_path / "run"))
     assert len(records_of(tmp_path / "run")) == 2
+
+
+def test_a_hidden_transfer_in_a_step_is_an_error(corpus, tmp_path, make_config, monkeypatch):
+    """The host's values reach the devices before the step: one given to it as it is would make every step wait."""
+    monkeypatch.setattr(loop, "replicated", lambda value, mesh: value)
+    monkeypatch.setattr(loop, "make_train_step", lambda config, mesh: lambda state, *inputs: (state, inputs))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+        train(small_dense(make_config, corpus, tmp_path / "run"))

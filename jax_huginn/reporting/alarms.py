@@ -12,10 +12,10 @@ from jax_huginn.config.schema import Config
 from jax_huginn.reporting.record import COLLAPSE_SHARE, Record
 
 WINDOW, FEWEST = 100, 20
-"""Losses that a spike is measured against, and how many there must be."""
+"""Steps among which a spike looks for losses to be measured against, and how many it must find."""
 SPIKE_SIGMAS, SPIKE_RATIO = 6.0, 1.1
-"""A spike is this many robust standard deviations and this ratio above the median. Sampled depths spread the loss by a
-few per cent, which the first bound learns; the second keeps a very steady loss from warning about nothing."""
+"""A spike is this many robust standard deviations and this ratio above the median of the steps that were no deeper:
+where depth pays, a rare shallow step has a high loss. The ratio keeps a very steady loss from warning about nothing."""
 NAMED = 4  # rows of a bad micro-batch that are named with their file
 
 
@@ -40,7 +40,8 @@ class Alarms:
         """
         self.config, self.say, self.newest, self.locate = config, say, newest, locate
         self.streak = 0
-        self.losses: deque[float] = deque(maxlen=WINDOW)
+        self.losses: deque[tuple[float, float]] = deque(maxlen=WINDOW)
+        """Depth, n + k, and loss of the last steps."""
         self.spiking = self.collapsed = False
 
     def see(self, record: Record) -> None:
@@ -50,7 +51,7 @@ class Alarms:
             BadNumbersError: `train.max_skipped` updates in a row were skipped.
         """
         self._see_skipped(record)
-        self._see_loss(record["step"], record["loss"])
+        self._see_loss(record["step"], record["loss"], record["n"] + record["k"])
         if "router_collapse_warning" in record:
             self._see_router(record)
 
@@ -98,20 +99,21 @@ class Alarms:
         several = f"micro-batches {', '.join(map(str, bad))} have" if len(bad) > 1 else f"micro-batch {bad[0]} has"
         return f"{several} a loss or a gradient that is not finite ({rows})"
 
-    def _see_loss(self, step: int, loss: float) -> None:
+    def _see_loss(self, step: int, loss: float, depth: float) -> None:
         if not math.isfinite(loss):
             return
-        if len(self.losses) >= FEWEST:
-            median = statistics.median(self.losses)
-            sigma = 1.4826 * statistics.median(abs(each - median) for each in self.losses)  # of a normal law
+        alike = [other for other_depth, other in self.losses if other_depth <= depth]
+        if len(alike) >= FEWEST:
+            median = statistics.median(alike)
+            sigma = 1.4826 * statistics.median(abs(each - median) for each in alike)  # of a normal law
             high = loss > max(median + SPIKE_SIGMAS * sigma, median * SPIKE_RATIO)
             if high and not self.spiking:
                 self.say(
-                    f"warning: step {step}: loss {loss:.4f} is a spike: the median of the last {len(self.losses)} "
-                    f"steps is {median:.4f}, their spread {sigma:.4f}"
+                    f"warning: step {step}: loss {loss:.4f} is a spike: the median of the last {len(alike)} steps of "
+                    f"this depth or less is {median:.4f}, their spread {sigma:.4f}"
                 )
             self.spiking = high
-        self.losses.append(loss)
+        self.losses.append((depth, loss))
 
     def _see_router(self, record: Record) -> None:
         collapsed = record["router_collapse_warning"]
