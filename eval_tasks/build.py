@@ -7,12 +7,15 @@ from different Python versions are not comparable. `python -m eval_tasks.build F
 import hashlib
 import io
 import json
+import keyword
 import os
 import random
+import re
 import tokenize
-from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,15 +27,16 @@ if TYPE_CHECKING:
     from datasets import DatasetDict
 
 VALIDATION_FRACTION = 0.05  # as data.validation_fraction; a run with another share must say so, see the datasets below
-QUESTIONS = 400
 QUESTIONS_PER_FILE = 32  # so that a few long files do not ask everything
 DISTANCE = 4  # lines between the questions of a file
-CONTEXT_LINES = 16
+CONTEXT_CHARACTERS = 320  # so that context and choice fit the default model's 256 tokens
 CHOICES = 4
-LINE_CHARACTERS = range(20, 101)  # of a line worth asking for, without its indentation
-LENGTH_TOLERANCE = 0.2  # by which a wrong choice may be shorter or longer than the right one
+SHORTEST, LONGEST = 20, 64  # characters of a line worth asking for, without and with its indentation
+MOST_NAMES = 8  # in such a line: their exchanges grow with the cube
 PIECES = 64
 PIECE_BYTES = 2000
+SOFT_KEYWORDS = {"match", "case", "type", "_"}
+TOKEN = re.compile(r"\w+|[^\w\s]")
 
 
 @dataclass(frozen=True)
@@ -42,13 +46,22 @@ class Line:
     file: str
     number: int
     """Counted from 0."""
-    indent: str
-    text: str
-    """Without indentation and trailing space."""
+    raw: str
+    """The line as it is."""
+    names: tuple[tuple[int, int], ...]
+    """Where each of its identifiers begins and ends."""
+
+    @property
+    def text(self) -> str:
+        return self.raw.strip()
+
+    @property
+    def indent(self) -> str:
+        return self.raw[: len(self.raw) - len(self.raw.lstrip())]
 
 
 def continuation_dataset(validation_fraction: float = VALIDATION_FRACTION, **_: Any) -> "DatasetDict":
-    """`stdlib_continuation` for lm-eval, which passes the task's metadata, `validation_fraction` included."""
+    """`stdlib_continuation` for lm-eval, which passes the task's metadata, `validation_fraction` and more."""
     return _in_memory(continuation_questions(validation_fraction))
 
 
@@ -70,19 +83,17 @@ def build(folder: Path, validation_fraction: float = VALIDATION_FRACTION) -> Non
 
 
 def continuation_questions(validation_fraction: float = VALIDATION_FRACTION) -> list[dict[str, Any]]:
-    """Up to QUESTIONS rows of `file`, `line`, `context`, `choices` and `answer` (the index of the right choice).
+    """Rows of `file`, `line`, `context`, `choices` and `answer` (the index of the right choice).
 
-    The context ends with the line's indentation, so that every choice has the same indentation. Wrong choices are
-    lines of other held-out files, indented alike and about as long; how many of them are shorter than the right one
-    is drawn first, so that length gives nothing away. Every choice occurs once in the library, training files included.
+    A wrong choice is the right line with two or three of its names in each other's places. So all four have the same
+    words, the same length and the same punctuation. Of their adjacent words and signs, equally many occur in the
+    context: what a choice shares with the context says nothing, only the order of the names does. No wrong choice is a
+    line of the library.
     """
     texts = dict(_texts())
-    occurrences = Counter(line.strip() for text in texts.values() for line in text.splitlines())
+    known = {line.strip() for text in texts.values() for line in text.splitlines()}
     held_out = {name: text for name, text in texts.items() if is_held_out(name, validation_fraction)}
-    lines = [line for name, text in held_out.items() for line in code_lines(name, text) if occurrences[line.text] == 1]
-    by_indent: dict[str, list[Line]] = defaultdict(list)
-    for line in lines:
-        by_indent[line.indent].append(line)
+    lines = [line for name, text in held_out.items() for line in code_lines(name, text)]
 
     questions = []
     asked: dict[str, list[int]] = defaultdict(list)
@@ -90,12 +101,10 @@ def continuation_questions(validation_fraction: float = VALIDATION_FRACTION) -> 
         numbers = asked[line.file]
         if len(numbers) >= QUESTIONS_PER_FILE or any(abs(line.number - number) < DISTANCE for number in numbers):
             continue
-        question = _question(line, held_out[line.file].splitlines(), by_indent[line.indent])
+        question = _question(line, held_out[line.file].splitlines(), known)
         if question is not None:
             numbers.append(line.number)
             questions.append(question)
-        if len(questions) == QUESTIONS:
-            break
     return questions
 
 
@@ -116,64 +125,127 @@ def perplexity_pieces(validation_fraction: float = VALIDATION_FRACTION) -> list[
 
 
 def code_lines(file: str, text: str) -> Iterator[Line]:
-    """Lines of code worth asking for: late enough, of middling length, no import, comment, string or continuation."""
-    starts = _statement_starts(text)
-    lines = text.splitlines()
-    for number, raw in enumerate(lines):
+    """Lines of code worth asking for: a statement's first, of middling length, no import, of three names or more."""
+    names = _names_of_statements(text)
+    for number, raw in enumerate(text.splitlines()):
         line = raw.strip()
         if (
-            number >= CONTEXT_LINES
-            and number in starts
-            and len(line) in LINE_CHARACTERS
-            and lines[number - 1].strip()
+            3 <= len(names.get(number, ())) <= MOST_NAMES
+            and len(line) >= SHORTEST
+            and len(raw.rstrip()) <= LONGEST
             and not line.startswith(("import ", "from "))
         ):
-            yield Line(file, number, raw[: len(raw) - len(raw.lstrip())], line)
+            yield Line(file, number, raw.rstrip(), tuple(names[number]))
 
 
-def _statement_starts(text: str) -> set[int]:
-    """Lines (from 0) on which a statement begins that is no bare string; empty for what does not tokenize."""
-    starts, fresh = set(), True
+def _names_of_statements(text: str) -> dict[int, list[tuple[int, int]]]:
+    """Where the names of each statement's first line are, by that line (from 0); empty for what does not tokenize."""
+    names: dict[int, list[tuple[int, int]]] = {}
+    fresh = True  # whether the next token begins a statement
     skipped = (tokenize.COMMENT, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING)
     try:
         for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            row = token.start[0] - 1
             if token.type == tokenize.NEWLINE:
                 fresh = True
             elif token.type not in skipped and fresh:
                 fresh = False
-                if token.type != tokenize.STRING:
-                    starts.add(token.start[0] - 1)
+                names[row] = []
+            if (
+                token.type == tokenize.NAME
+                and row in names
+                and not keyword.iskeyword(token.string)
+                and token.string not in SOFT_KEYWORDS
+            ):
+                names[row].append((token.start[1], token.end[1]))
     except (tokenize.TokenError, SyntaxError):
-        return set()
-    return starts
+        return {}
+    return names
 
 
-def _question(line: Line, file_lines: list[str], candidates: list[Line]) -> dict[str, Any] | None:
-    """The row that asks for `line`, or None when there are too few similar lines in other files."""
-    rng = random.Random(f"{line.file}:{line.number}")
-    length = len(line.text)
-    similar = [
-        other
-        for other in candidates
-        if other.file != line.file
-        and other.text != line.text
-        and 0 < abs(len(other.text) - length) <= LENGTH_TOLERANCE * length
-    ]
-    shorter = [other.text for other in similar if len(other.text) < length]
-    longer = [other.text for other in similar if len(other.text) > length]
-    count = rng.randrange(CHOICES)
-    if len(shorter) < count or len(longer) < CHOICES - 1 - count:
+def _question(line: Line, file_lines: list[str], known: set[str]) -> dict[str, Any] | None:
+    """The row that asks for `line`, or None when too few exchanges of its names are as good by their words."""
+    context = _context(file_lines, line.number)
+    pairs = _pairs(context)
+
+    def shared(text: str) -> int:
+        return len(_pairs(text) & pairs)
+
+    wrong = sorted(text for text in _exchanges(line) - known if shared(text) == shared(line.text))
+    if not context or len(wrong) < CHOICES - 1:
         return None
-    choices = [line.text, *rng.sample(shorter, count), *rng.sample(longer, CHOICES - 1 - count)]
+    rng = random.Random(f"{line.file}:{line.number}")
+    choices = [line.text, *rng.sample(wrong, CHOICES - 1)]
     rng.shuffle(choices)
-    context = "\n".join(file_lines[line.number - CONTEXT_LINES : line.number])
     return {
         "file": line.file,
         "line": line.number + 1,
-        "context": context + "\n" + line.indent,
+        "context": context + line.indent,  # every choice has the same indentation
         "choices": choices,
         "answer": choices.index(line.text),
     }
+
+
+def _context(lines: list[str], number: int) -> str:
+    """As many whole lines before line `number` as CONTEXT_CHARACTERS hold."""
+    context = ""
+    for line in reversed(lines[:number]):
+        if len(line) + 1 + len(context) > CONTEXT_CHARACTERS:
+            break
+        context = line + "\n" + context
+    return context
+
+
+def _exchanges(line: Line) -> set[str]:
+    """The line with two names exchanged or three rotated, in every way that changes it."""
+    words = [line.raw[begin:end] for begin, end in line.names]
+    swaps = [(i, j) for i, j in combinations(range(len(words)), 2)]
+    rotations = [order for i, j, k in combinations(range(len(words)), 3) for order in ((i, j, k), (i, k, j))]
+    texts = set()
+    for places in [*swaps, *rotations]:
+        moved = list(words)
+        for place, source in zip(places, places[1:] + places[:1], strict=True):
+            moved[place] = words[source]
+        text, end = "", 0
+        for (begin, following), word in zip(line.names, moved, strict=True):
+            text += line.raw[end:begin] + word
+            end = following
+        texts.add((text + line.raw[end:]).strip())
+    return texts - {line.text}
+
+
+def _words(text: str) -> set[str]:
+    return set(TOKEN.findall(text))
+
+
+def _pairs(text: str) -> set[tuple[str, str]]:
+    """Adjacent words and signs."""
+    return set(pairwise(TOKEN.findall(text)))
+
+
+def baselines(questions: list[dict[str, Any]]) -> dict[str, float]:
+    """Accuracy of rules that need no model, ties shared among the choices that the rule cannot tell apart."""
+
+    def copied(context: str, choice: str) -> int:
+        text, tokens = f" {' '.join(TOKEN.findall(context))} ", TOKEN.findall(choice)
+        runs = combinations(range(len(tokens) + 1), 2)
+        return max((end - begin for begin, end in runs if f" {' '.join(tokens[begin:end])} " in text), default=0)
+
+    rules: dict[str, Callable[[str, str], int]] = {
+        "most words of the context": lambda context, choice: len(_words(choice) & _words(context)),
+        "most adjacent pairs of the context": lambda context, choice: len(_pairs(choice) & _pairs(context)),
+        "longest run copied from the context": copied,
+        "shortest": lambda _, choice: -len(choice),
+    }
+    accuracies = {}
+    for name, rule in rules.items():
+        points = 0.0
+        for question in questions:
+            values = [rule(question["context"], choice) for choice in question["choices"]]
+            best = max(values)
+            points += (values[question["answer"]] == best) / values.count(best)
+        accuracies[name] = points / len(questions)
+    return accuracies
 
 
 def _texts() -> Iterator[tuple[str, str]]:
@@ -200,6 +272,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = OneLineParser(prog="python -m eval_tasks.build", description=__doc__)
     parser.add_argument("folder", type=Path, help="folder to write the data into; it is created")
     build(parser.parse_args(arguments).folder)
+    for rule, accuracy in baselines(continuation_questions()).items():
+        print(f"stdlib_continuation by the rule '{rule}': {accuracy:.3f}")
 
 
 if __name__ == "__main__":

@@ -11,11 +11,13 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval_tasks.cache import AnswerCache
+from eval_tasks.errors import cluster_errors
 from eval_tasks.identity import identify
 from eval_tasks.language_model import LanguageModel
 from eval_tasks.loading import FEWSHOT_SEED, first_line, load_task, load_task_manager, missing_package
@@ -90,24 +92,25 @@ def _evaluate_all(program: str, opened: "Opened", manager: Any, options: argpars
         "task_versions": {},
     }
     for setting in settings:
-        cache = AnswerCache(options.use_cache, {**identity, "recurrence": setting.recurrence, **setting.cache_key})
-        lm = HuginnLM(setting.model, opened.tokenizer, setting.recurrence, options.batch_size, cache)
-        for name in options.tasks:
-            title = name if len(settings) == 1 else f"{name} at {setting.title}"
-            try:
-                _evaluate_task(name, title, setting, lm, manager, options, report)
-            except UserError as error:
-                report["failed"][title] = str(error)
-                print(f"{program}: error: {title} did not run: {error}", file=sys.stderr)
-            except Exception as error:  # a fault of ours or lm-eval's: shown in full, the other tasks run
-                report["failed"][title] = f"{type(error).__name__}: {first_line(error)}"
-                traceback.print_exc()
-            for note, count in lm.notes.items():
-                print(f"{program}: warning: {title}: {count} {note}", file=sys.stderr)
-            report["notes"][title] = dict(lm.notes)
-            lm.notes.clear()
-            if options.output is not None:  # after every task, so that a crash or a kill keeps what is done
-                _write(program, options.output, report)
+        key = {**identity, "recurrence": setting.recurrence, **setting.cache_key}
+        with closing(AnswerCache(options.use_cache, key)) as cache:
+            lm = HuginnLM(setting.model, opened.tokenizer, setting.recurrence, options.batch_size, cache)
+            for name in options.tasks:
+                title = name if len(settings) == 1 else f"{name} at {setting.title}"
+                try:
+                    _evaluate_task(name, title, setting, lm, manager, options, report)
+                except UserError as error:
+                    report["failed"][title] = str(error)
+                    print(f"{program}: error: {title} did not run: {error}", file=sys.stderr)
+                except Exception as error:  # a fault of ours or lm-eval's: shown in full, the other tasks run
+                    report["failed"][title] = f"{type(error).__name__}: {first_line(error)}"
+                    traceback.print_exc()
+                for note, count in lm.notes.items():
+                    print(f"{program}: warning: {title}: {count} {note}", file=sys.stderr)
+                report["notes"][title] = dict(lm.notes)
+                lm.notes.clear()
+                if options.output is not None:  # after every task, so that a crash or a kill keeps what is done
+                    _write(program, options.output, report)
     return 1 if report["failed"] else 0
 
 
@@ -161,15 +164,19 @@ def _evaluate_task(
 
     os.environ["DISABLE_MULTIPROC"] = "1"  # so few resamples are not worth lm-eval's pool of processes
     loaded = load_task(name, manager, options)
+    clusters = {task: (each.config.metadata or {}).get("cluster") for task, each in loaded["tasks"].items()}
     lm.steps.clear()
     try:
         results: Any = evaluate(
-            lm, loaded, limit=options.limit, bootstrap_iters=BOOTSTRAPS, log_samples=False,
+            lm, loaded, limit=options.limit, bootstrap_iters=BOOTSTRAPS, log_samples=any(clusters.values()),
             system_instruction=options.system_instruction, apply_chat_template=options.apply_chat_template,
             fewshot_as_multiturn=options.fewshot_as_multiturn, confirm_run_unsafe_code=options.confirm_run_unsafe_code,
         )  # fmt: skip
     except ImportError as error:
         raise UserError(missing_package(error)) from None
+    for task, column in clusters.items():
+        if column:
+            cluster_errors(results["results"][task], column, results["samples"][task])
     if title != name:
         print(setting.title)
     print(make_table(results))

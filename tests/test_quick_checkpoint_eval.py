@@ -68,7 +68,9 @@ def test_command_prints_the_table_and_writes_json(files, capsys, tmp_path):
     assert 0 <= results["results"]["2"]["stdlib_continuation"]["acc,none"] <= 1
     # About log2(264) bits a byte from an untrained model over as many tokens of a byte each.
     assert results["results"]["2"]["stdlib_perplexity"]["bits_per_byte,none"] == pytest.approx(8.04, abs=0.4)
-    assert results["n_samples"]["stdlib_continuation"] == {"original": 400, "effective": 3}
+    asked = results["n_samples"]["stdlib_continuation"]
+    assert asked["original"] > 300
+    assert asked["effective"] == 3
     assert os.listdir(tmp_path) == ["results.json"]
 
 
