@@ -1,13 +1,8 @@
-"""Bad rows and files are skipped, counted and told, or stop the run; either way no position moves. Fuzzed parquet too.
-
-More than the suite's cases: HUGINN_FUZZ=5000 pytest tests/test_data_bad.py -k fuzz
-"""
+"""Bad rows and files are skipped, counted and reported, or stop the run; either way no position moves."""
 
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,51 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jax_huginn.config.schema import Config, DataConfig, ModelConfig, TrainConfig, ValidationConfig
 from jax_huginn.data.pipeline import Data, build_data
 from jax_huginn.data.resume import whole_position
 from jax_huginn.data.sources.bad_data import SHOWN, BadData
 from jax_huginn.data.sources.files import CorpusFile, DataError
 from jax_huginn.data.sources.parquet import parquet_pieces
 from jax_huginn.data.sources.text import text_pieces
-from jax_huginn.data.streams import RowDataset
-
-S, V = 4, 1000
-CASES = int(os.environ.get("HUGINN_FUZZ", "300"))
-BAD: dict[str, Any] = {
-    "null": None,
-    "short": [1, 2],
-    "empty": [],
-    "long": [1] * (S + 2),
-    "null token": [1, None, 3, 4, 5],
-    "too large": [1, 2, 3, 4, V],
-    "negative": [-1, 2, 3, 4, 5],
-}
-
-
-def good(first: int, count: int) -> list[list[int]]:
-    """Rows that tell their number in their first token."""
-    return [[first + index, 1, 2, 3, 4] for index in range(count)]
-
-
-def write(path: Path, rows: list, group: int = 10) -> CorpusFile:
-    table = pa.table({"input_ids": pa.array(rows, pa.list_(pa.int32()))})
-    pq.write_table(table, path, row_group_size=group, use_dictionary=False, compression="none")
-    return CorpusFile(path.name, path)
-
-
-def with_bad(rows: list[list[int]]) -> list:
-    """Each kind of bad row among the good ones, at the file's beginning and end too."""
-    mixed: list = []
-    for index, bad in enumerate(BAD.values()):
-        mixed += [bad, *rows[index * 3 : index * 3 + 3]]
-    return [*mixed, *rows[len(BAD) * 3 :], [7]]
-
-
-def read(file: CorpusFile, offset: int = 0, bad: BadData | None = None, **settings: Any) -> list[int]:
-    skip = bad or BadData("skip", lambda line: None)
-    fields = {"length": S + 1, "vocab_size": V} | settings
-    return [int(row[0]) for _, piece in parquet_pieces(file, offset, bad=skip, **fields) for row in piece]
+from tests.bad_data_support import BAD, S, V, good, make_config, read, with_bad, write
 
 
 @pytest.mark.parametrize("kind", BAD)
@@ -119,7 +76,7 @@ def test_a_bad_file_is_skipped_or_stops(tmp_path: Path) -> None:
             assert "\n" not in text
 
 
-def test_the_log_tells_the_first_rows_of_a_file_and_their_number_once(tmp_path: Path) -> None:
+def test_the_log_names_the_first_rows_of_a_file_and_their_number_once(tmp_path: Path) -> None:
     file = write(tmp_path / "a.parquet", [[1]] * 50 + good(0, 5))
     lines: list[str] = []
     bad = BadData("skip", lines.append)
@@ -203,16 +160,6 @@ def test_a_damaged_page_takes_the_same_rows_from_wherever_reading_starts(tmp_pat
         list(parquet_pieces(file, 120, length=S + 1, vocab_size=V, bad=stop))
 
 
-def make_config(folder: Path, policy: str = "skip", **data: Any) -> Config:
-    fields = {"source": "parquet", "path": str(folder), "streams": 3, "shuffle_window": 7, "bad_rows": policy}
-    return Config(
-        model=ModelConfig(vocab_size=V),
-        train=TrainConfig(batch_size=2, sequence_length=S),
-        data=DataConfig(**fields | {"validation_fraction": 0.0} | data),  # pyright: ignore[reportArgumentType]
-        validation=ValidationConfig(sequences=2),
-    )
-
-
 def build(folder: Path, policy: str = "skip", report: Callable[[str], None] = lambda line: None, **data: Any) -> Data:
     return build_data(make_config(folder, policy, **data), folder.parent / "run" / "tokenizer", report=report)
 
@@ -252,7 +199,7 @@ def test_training_reads_the_good_rows_and_resumes_exactly(folder: Path) -> None:
                 assert json.dumps(whole_position([data.train.get_state()])) == positions[step]
 
 
-def test_stop_names_the_file_and_a_stopped_run_goes_on_by_skipping(folder: Path) -> None:
+def test_stop_names_the_file_and_a_stopped_run_resumes_by_skipping(folder: Path) -> None:
     with closing((data := build(folder, "stop")).train), pytest.raises(DataError) as error:
         list(data.train)
     assert str(folder) in str(error.value)
@@ -319,173 +266,3 @@ def test_held_out_data_follows_the_policy(folder: Path, tmp_path: Path) -> None:
         write(child, [[1]] * 9)
     with pytest.raises(DataError, match=r"no data in 1 file\(s\)"):
         build(folder, validation_path=str(held_out))
-
-
-# -------------------------------------------------------------------- processes
-
-
-def numbered(count: int, processes: int, process: int, streams: int = 4) -> Iterator[np.ndarray]:
-    """A share of the rows of `count` files, some of which are of no use."""
-
-    def pieces(bad: BadData, file: CorpusFile, offset: int) -> Iterator[tuple[int, np.ndarray]]:
-        number = int(file.relative_path)
-        if number % 5 == 4:
-            return bad.file(file, "is of no use")
-        first, last = file.share or (0, 11 + number)
-        for begin in range(max(offset, first), last, 3):
-            items = np.arange(begin, min(begin + 3, last))
-            for row in items[items % 4 == 3]:
-                bad.row(file, lambda row=row: f"row {row}", "is bad")
-            yield begin, (1000 * number + items[items % 4 != 3])[:, None]
-        return None
-
-    bad = BadData("skip", lambda line: None)
-    files = [CorpusFile(str(index), Path(str(index)), size=11 + index) for index in range(count)]
-    return iter(
-        RowDataset(
-            files,
-            partial(pieces, bad),
-            take=1,
-            stride=1,
-            seed=3,
-            streams=streams,
-            shuffle_window=5,
-            settings={},
-            process=process,
-            processes=processes,
-            bad=bad,
-        )
-    )
-
-
-def interleaved(iterators: list[Any], count: int) -> np.ndarray:
-    """The next `count` rows of all processes together, in the order of their numbers."""
-    return np.concatenate([next(iterators[row % len(iterators)]) for row in range(count)])
-
-
-def test_processes_share_the_rows_of_one(tmp_path: Path) -> None:
-    alone = interleaved([numbered(23, 1, 0)], 800)
-    for processes in (2, 4):
-        share = [numbered(23, processes, process) for process in range(processes)]
-        np.testing.assert_array_equal(interleaved(share, 800), alone)
-
-
-@pytest.mark.parametrize("path", [(1, 2), (2, 4), (4, 1), (1, 4, 2, 1), (4, 2)])
-@pytest.mark.parametrize("batches", [1, 7, 40])
-def test_going_on_with_another_number_of_processes_is_exact(path: tuple[int, ...], batches: int) -> None:
-    alone = numbered(23, 1, 0)
-    expected = interleaved([alone], 8 * batches * (len(path) + 1))
-    position, rows = None, []
-    for processes in path:
-        share: list[Any] = [numbered(23, processes, process) for process in range(processes)]
-        for each in share if position else []:
-            each.set_state(json.loads(json.dumps(position)))
-        rows.append(interleaved(share, 8 * batches))
-        position = whole_position([each.get_state() for each in reversed(share)])
-        assert position["rows"] == sum(map(len, rows))
-        assert set(position) == {"order", "rows", "streams", "skipped"}
-    got = np.concatenate(rows)
-    np.testing.assert_array_equal(got, expected[: len(got)])
-    last: Any = numbered(23, 1, 0)
-    last.set_state(position)
-    np.testing.assert_array_equal(interleaved([last], 8 * batches), expected[len(got) : len(got) + 8 * batches])
-    replay: Any = numbered(23, 1, 0)
-    interleaved([replay], len(got))
-    assert whole_position([replay.get_state()]) == position
-
-
-def test_a_number_of_processes_that_does_not_fit_is_refused(folder: Path) -> None:
-    with pytest.raises(DataError, match=r"3 processes cannot share data\.streams=4: set it to a multiple") as error:
-        numbered(23, 3, 0, 4)
-    assert "\n" not in str(error.value)
-    with pytest.raises(DataError, match=r"batch_size=2 .* 4 processes cannot share"):
-        build_data(make_config(folder), folder.parent / "run", process=1, processes=4)
-    alone: Any = numbered(23, 1, 0)
-    next(alone)
-    share: Any = numbered(23, 2, 0)
-    with pytest.raises(DataError, match="divisible by the number of processes"):
-        share.set_state(whole_position([alone.get_state()]))
-
-
-def test_parts_that_do_not_belong_together_are_refused() -> None:
-    share: list[Any] = [numbered(23, 2, process) for process in range(2)]
-    interleaved(share, 8)
-    parts = [each.get_state() for each in share]
-    for wrong in ([parts[0]], [parts[0], parts[0]], [*parts, parts[0]]):
-        with pytest.raises(DataError, match="parts of a position come from processes"):
-            whole_position(wrong)
-    next(share[0])
-    with pytest.raises(DataError, match="differ in rows"):
-        whole_position([each.get_state() for each in share])
-    with pytest.raises(DataError, match="was given to"):
-        share[1].set_state(parts[0])
-
-
-# -------------------------------------------------------------------- fuzz
-
-
-def damage(content: bytes, rng: np.random.Generator) -> bytes:
-    """Flipped bits, overwritten, removed, repeated or inserted stretches; often in the footer, where the schema is."""
-    raw = bytearray(content)
-    for _ in range(rng.integers(1, 6)):
-        near_end = rng.random() < 0.5
-        place = int(rng.integers(max(len(raw) - 600, 0) if near_end else 0, max(len(raw), 1)))
-        stretch = int(rng.choice([1, 2, 4, 8, 40, 300]))
-        noise = rng.integers(0, 256, stretch, np.uint8).tobytes()
-        match rng.integers(0, 7):
-            case 0 | 1:
-                raw[place : place + 1] = bytes([raw[place] ^ (1 << int(rng.integers(8)))]) if raw else b""
-            case 2:
-                raw[place : place + stretch] = noise
-            case 3:
-                del raw[place : place + stretch]
-            case 4:
-                raw[place:place] = noise
-            case 5:
-                raw[place : place + stretch] = rng.choice([b"\0", b"\xff", b"\x7f"]) * stretch
-            case 6:
-                raw[place:place] = raw[place : place + stretch]
-    return bytes(raw)
-
-
-def originals(path: Path) -> list[bytes]:
-    """Small files of every layout: with and without dictionary and compression, old and new pages, other types."""
-    contents, rng = [], np.random.default_rng(0)
-    for kind in (pa.list_(pa.int32()), pa.large_list(pa.int64()), pa.list_(pa.uint16(), S + 1)):
-        rows = rng.integers(0, V, (60, S + 1)).tolist()
-        table = pa.table({"input_ids": pa.array(rows, kind), "other": ["text"] * 60})
-        for options in (
-            {"compression": "none", "use_dictionary": False},
-            {"compression": "snappy", "use_dictionary": True},
-            {"compression": "zstd", "data_page_version": "2.0", "write_page_checksum": True},
-            {"compression": "gzip", "column_encoding": None, "use_dictionary": False, "data_page_size": 64},
-        ):
-            pq.write_table(table, path, row_group_size=25, **options)
-            contents.append(path.read_bytes())
-    return contents
-
-
-def test_fuzzed_parquet_gives_rows_or_a_data_error(tmp_path: Path) -> None:
-    contents = originals(tmp_path / "original.parquet")
-    file = CorpusFile("fuzzed.parquet", tmp_path / "fuzzed.parquet")
-    outcomes = {"rows": 0, "stopped": 0, "skipped": 0}
-    for case in range(CASES):
-        rng = np.random.default_rng([17, case])
-        file.path.write_bytes(damage(contents[case % len(contents)], rng))
-        lines: list[str] = []
-        bad = BadData("skip", lines.append)
-        for _, piece in parquet_pieces(file, int(rng.integers(0, 3)) * 20, length=S + 1, vocab_size=V, bad=bad):
-            assert piece.dtype == np.int32
-            assert piece.shape[1] == S + 1
-            assert not piece.size or (piece.min() >= 0 and piece.max() < V)
-        outcomes["skipped"] += bad.files
-        try:
-            read(file, bad=BadData("stop", print))
-            outcomes["rows"] += 1
-        except DataError as error:
-            outcomes["stopped"] += 1
-            lines.append(str(error))
-        assert not any("\n" in line for line in lines)
-    assert outcomes["rows"] > CASES / 50
-    assert outcomes["stopped"] > CASES / 3
-    assert outcomes["skipped"] > CASES / 3

@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from jax_huginn.config.schema import Config, DataConfig, ModelConfig, TrainConfig, ValidationConfig
-from jax_huginn.data.pipeline import Data, TrainBatches, build_data
+from jax_huginn.data.batches import TrainBatches
+from jax_huginn.data.pipeline import Data, build_data
 from jax_huginn.data.resume import whole_position
 from jax_huginn.data.rows import IGNORE
 from jax_huginn.data.sources.files import DataError, stdlib_files, text_files

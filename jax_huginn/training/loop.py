@@ -16,7 +16,8 @@ from jax_huginn.checkpoints.sources import Source
 from jax_huginn.checkpoints.step_folders import CheckpointError
 from jax_huginn.config.dicts import flatten, to_dict
 from jax_huginn.config.schema import Config
-from jax_huginn.data.pipeline import TrainBatches, build_data
+from jax_huginn.data.batches import TrainBatches
+from jax_huginn.data.pipeline import build_data
 from jax_huginn.parallel import processes
 from jax_huginn.parallel.mesh import describe as describe_mesh
 from jax_huginn.parallel.mesh import make_mesh, replicated
