@@ -76,7 +76,7 @@ def case(model: MoEHuginnModel, options: Any, batch: int, context: int) -> dict[
     except UserError as error:
         return shape | {"refused": str(error)}
     decoded = batch * (options.new - 1)  # the first new token comes from the prompt's logits
-    bound = bound_of(config, options, batch, context)
+    bound = bound_of(config, options.recurrence, batch, context)
     outside, recurrence = forward_flops(config, length)
     flops = batch * length * (outside + options.recurrence * recurrence)
     return shape | {
@@ -98,8 +98,8 @@ def head_flops(config: Config) -> int:
     return 2 * config.model.vocab_size * config.model.width
 
 
-def bound_of(config: Config, options: Any, batch: int, context: int) -> float | None:
-    """Tokens/s if decoding did nothing but read weights and cache."""
+def bound_of(config: Config, recurrence: float, batch: int, context: int) -> float | None:
+    """Tokens/s if decoding did nothing but read weights and cache, with so many recurrences a token in the mean."""
     kind = jax.devices()[0].device_kind
     device = next((device for device in DEVICES.values() if device.kind in kind), None)
     if device is None:
@@ -113,7 +113,7 @@ def bound_of(config: Config, options: Any, batch: int, context: int) -> float | 
     outside = sum(sizes.values()) - sizes["core"]
     one = bytes_of(config, batch, context, 0)
     each = bytes_of(config, batch, context, 1) - one
-    seconds = (outside + one + options.recurrence * (recurrent + each)) / (device.memory_gbs * 1e9)
+    seconds = (outside + one + recurrence * (recurrent + each)) / (device.memory_gbs * 1e9)
     return batch / seconds
 
 

@@ -30,7 +30,8 @@ from jax_huginn.config.cli import OneLineParser, run_verb
 from jax_huginn.data.permutation import random_bits
 from jax_huginn.data.tasks import TASKS
 from jax_huginn.inference import Exit, exits, generate
-from jax_huginn.inference.thinking import Depth, think_prompts, think_tokens
+from jax_huginn.inference.batching import Schedule, begin, think_a_round
+from jax_huginn.inference.thinking import Depth, think_prompts
 from jax_huginn.model import functional, initializers
 from jax_huginn.model.huginn import MoEHuginnModel
 
@@ -188,8 +189,12 @@ def _last_token(
     prompt = think_prompts(model, Depth(MOST, None, MOST), tokens_BS, length_B - 1, state_LD)
     token_B = jnp.take_along_axis(tokens_BS, (length_B - 1)[:, None], axis=1)[:, 0]
     idle_B, start_B1D = jnp.zeros(rows, bool), state_LD[length_B - 1][:, None]
-    thought = think_tokens(model, Depth(MOST, rule, MOST), prompt.cache, token_B, length_B - 1, idle_B, start_B1D)
-    return thought.steps_B, thought.logits_BV.argmax(-1)
+    last_token = begin(rule, start_B1D, model.config.model.vocab_size)
+    last = think_a_round(
+        model, Depth(MOST, rule, MOST), Schedule(one_in=1).of(rows), last_token, prompt.cache, token_B, length_B - 1,
+        idle_B, jnp.zeros(rows, jnp.int32), start_B1D,
+    )  # fmt: skip
+    return last.in_flight.step_B1[:, 0], last.logits_BV.argmax(-1)
 
 
 if __name__ == "__main__":

@@ -33,10 +33,8 @@ class Row(NamedTuple):
 class Plain:
     """The model of a batch of one, in NumPy; it holds what every token left behind."""
 
-    def __init__(
-        self, model: MoEHuginnModel, recurrence: int, policy: str, budget: int, exit: Exit | None, warm_start: bool
-    ):
-        self.model, self.recurrence, self.policy, self.budget, self.exit = model, recurrence, policy, budget, exit
+    def __init__(self, model: MoEHuginnModel, policy: str, budget: int, exit: Exit | None, warm_start: bool):
+        self.model, self.policy, self.budget, self.exit = model, policy, budget, exit
         self.warm_start = warm_start
         config = model.config.model
         self.angles = rope_table(config.max_length, config.head_dim, config.rope_base)
@@ -80,15 +78,15 @@ class Plain:
         even, odd = x[:, 0::2], x[:, 1::2]
         return np.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1).reshape(x.shape)
 
-    def think(self, token: int, in_prompt: bool) -> np.ndarray:
-        """Log-probabilities of the token after this one."""
+    def think(self, token: int, in_prompt: bool, most: int) -> np.ndarray:
+        """Log-probabilities of the token after this one, thought about for at most so many recurrences."""
         self.kept.append({})
         e = value(self.model.wte)[token] * np.sqrt(self.model.config.model.width)
         for i, block in enumerate(self.model.prelude):
             e = self.block(block, e, ("prelude", i), None, in_prompt)
         warm = self.warm_start and not in_prompt
         states, predictions = [self.state if warm else self.starts[len(self.steps)]], []
-        for step in range(1, self.recurrence + 1):
+        for step in range(1, most + 1):
             x = np.concatenate([states[-1], e]) @ value(self.model.adapter)
             for i, block in enumerate(self.model.core):
                 x = self.block(block, x, ("core", i), step, in_prompt)
@@ -111,18 +109,19 @@ class Plain:
 
 def generate_plainly(
     model: MoEHuginnModel, prompt: list[int], max_new_tokens: int, recurrence: int, exit: Exit | None = None,
-    policy: str = "full", budget: int = 0, warm_start: bool = False,
+    policy: str = "full", budget: int = 0, warm_start: bool = False, limits: list[int] | None = None,
 ) -> Row:  # fmt: skip
-    """Greedy."""
-    plain = Plain(model, recurrence, policy, budget, exit, warm_start)
+    """Greedy; `limits[i]` bounds the recurrences of the position that gives token i, if it is not the prompt's."""
+    plain = Plain(model, policy, budget, exit, warm_start)
+    limits = limits or [recurrence] * (max_new_tokens + 1)
     log_p = np.zeros(0)
     for token in prompt:
-        log_p = plain.think(token, in_prompt=True)
+        log_p = plain.think(token, True, recurrence)
     tokens, logprobs = [], []
-    for _ in range(max_new_tokens):
+    for limit in [*limits[1:], 1][:max_new_tokens]:
         tokens.append(int(log_p.argmax()))
         logprobs.append(float(log_p.max()))
-        log_p = plain.think(tokens[-1], in_prompt=False)
+        log_p = plain.think(tokens[-1], False, limit)
     last = len(prompt) - 1
     return Row(tokens, plain.steps[last : last + max_new_tokens], logprobs, plain.steps[: len(prompt)])
 

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jax_huginn.config.checks import require
 from jax_huginn.inference import cache as caches
+from jax_huginn.inference.batching import Schedule
 from jax_huginn.inference.exits import Exit
 from jax_huginn.inference.programs import BY_ROW, DATA, INPUT_SPECS, Inputs, Rules, compiled, decode, prefill
 from jax_huginn.inference.sampling import Sampling
@@ -53,7 +54,11 @@ class Totals:
     used: int
     """Recurrences that new tokens used, summed over rows; a row's last token is never computed."""
     computed: int
-    """Row-recurrences that were computed for them, exited and finished rows included."""
+    """Row-recurrences that were computed for them, waiting and finished rows included."""
+    core_runs: int
+    """Runs of the core for them, each for all rows of a device or `Schedule.width` of them; of all devices."""
+    readouts: int
+    """Runs of coda and head, beside those that a criterion on predictions makes."""
     prompt_used: int
     prompt_computed: int
     """The same of the prompts' tokens, padding included."""
@@ -78,6 +83,8 @@ def generate(
     policy: caches.Policy = "full",
     budget: int = 0,
     warm_start: bool = False,
+    schedule: Schedule = Schedule(),  # noqa: B008 - immutable
+    limits: np.ndarray | None = None,
     sampling: Sampling | None = None,
     seeds: Sequence[int] | None = None,
     stop_tokens: Sequence[int] = (),
@@ -86,17 +93,20 @@ def generate(
     memory_limit: int | None = None,
     devices: Sequence[Any] = (),
 ) -> tuple[list[Generated], Totals]:
-    """Continue every prompt, all in one batch.
+    """Continue every prompt, all in one batch, in which each row thinks at its own pace.
 
     Args:
         prompts: token ids, at least one a row.
         recurrence: recurrences of a token, or the most of them with `exit`; default: `recurrence.mean` of the config.
         policy: of the cache, see `inference.cache`; `budget` is the number of slots for "mod".
         warm_start: a new token starts from the last state of the token before it, not from the fixed s_0.
+        schedule: which rows think together; changes no text.
+        limits: int (rows, max_new_tokens): the most recurrences of the position that gives each token, where it is less
+            than `recurrence`. The first column is not read: prompts have no limits.
         seeds: one a row; default: 0, 1, ... A row's text depends on its own seed alone.
         stop_tokens: tokens that end a row, such as the tokenizer's EOS.
-        on_tokens: called as (row, new tokens) every `tokens_per_call` tokens; a number ends the row after that many of
-            them. Ctrl-C then ends all rows, and what was made is returned.
+        on_tokens: called as (row, new tokens) every `tokens_per_call` tokens of the fastest row; a number ends the row
+            after that many of them. Ctrl-C then ends all rows, and what was made is returned.
         memory_limit: bytes that the cache may take on a device; default: what the device has free.
         devices: rows are spread over them, and each gets a copy of the weights; default: the one that holds the model.
 
@@ -109,6 +119,8 @@ def generate(
     require(recurrence > 0, f"recurrence={recurrence} must be positive")
     require(max_new_tokens > 0, f"max_new_tokens={max_new_tokens} must be positive")
     _require_prompts(model, prompts)
+    if limits is not None:
+        _require_limits(limits, (rows, max_new_tokens), recurrence)
     mesh = Mesh(np.array(devices), (DATA,)) if len(devices) > 1 else None
     share = -(-rows // max(len(devices), 1))
     places = share * max(len(devices), 1)
@@ -118,8 +130,9 @@ def generate(
     size = caches.require_room(config, share, room, slots, memory_limit)
 
     rules = Rules(
-        Depth(recurrence, exit, slots), sampling or Sampling(), tuple(stop_tokens), warm_start, max_new_tokens, mesh
-    )
+        Depth(recurrence, exit, slots), schedule.of(share), sampling or Sampling(), tuple(stop_tokens), warm_start,
+        max_new_tokens, mesh,
+    )  # fmt: skip
     graphdef, params = functional.split(model.cast())
     tokens_BS = np.zeros((places, padded), np.int32)
     lengths, row_seeds = np.ones(places, np.int32), np.zeros(places, np.uint32)
@@ -128,7 +141,10 @@ def generate(
         tokens_BS[row, : len(prompt)] = prompt
         lengths[row] = len(prompt)
     state_LD = jnp.asarray(initializers.fixed_state(0, room, config.model.width), config.model.dtype)
-    inputs = Inputs(jnp.asarray(lengths), jnp.asarray(row_seeds), jnp.arange(places) < rows, state_LD)
+    limit_BN = np.ones((places, 0 if limits is None else max_new_tokens), np.int32)
+    limit_BN[:rows] = [] if limits is None else limits
+    real_B = jnp.arange(places) < rows
+    inputs = Inputs(jnp.asarray(lengths), jnp.asarray(row_seeds), real_B, state_LD, jnp.asarray(limit_BN))
     tokens_BS = jnp.asarray(tokens_BS)
     if mesh is not None:
         params = jax.device_put(params, NamedSharding(mesh, REPLICATED))
@@ -136,7 +152,7 @@ def generate(
         tokens_BS = jax.device_put(tokens_BS, NamedSharding(mesh, BY_ROW))
 
     clock = _Clock()
-    program = compiled(prefill, graphdef, rules, params, inputs, tokens_BS)
+    program = compiled(prefill, graphdef, rules._replace(schedule=Schedule()), params, inputs, tokens_BS)
     compiling = clock.lap()
     carry, prompt_used_B, prompt_computed_B = jax.block_until_ready(program(params, inputs, tokens_BS))
     prefilling = clock.lap()
@@ -148,7 +164,7 @@ def generate(
     try:
         while True:
             if on_tokens is not None:
-                counts = np.minimum(_counts(made, lengths[:rows], most, rules), ends)
+                counts = np.minimum(made.number_B[:rows], ends)
                 for row in np.flatnonzero(counts > sent):
                     kept = on_tokens(int(row), made.tokens_BN[row, sent[row] : counts[row]].tolist())
                     if kept is not None:
@@ -158,10 +174,10 @@ def generate(
                     made = made._replace(finished_B=made.finished_B | stopped)
                     finished_B = jax.device_put(made.finished_B, carry.made.finished_B.sharding)
                     carry = carry._replace(made=carry.made._replace(finished_B=finished_B))
-            before = int(made.number_B.max())
-            if before >= max_new_tokens or made.finished_B.all():
+            if made.finished_B.all():
                 break
-            until = max_new_tokens if on_tokens is None else min(before + tokens_per_call, max_new_tokens)
+            fastest = int(made.number_B[~made.finished_B].max())
+            until = max_new_tokens if on_tokens is None else fastest + tokens_per_call
             carry = program(params, inputs, carry, np.int32(until))
             made = jax.device_get(carry.made)
     except KeyboardInterrupt:
@@ -169,7 +185,7 @@ def generate(
     decoding = clock.lap()
 
     results = []
-    for row, count in enumerate(np.minimum(_counts(made, lengths[:rows], most, rules), ends)):
+    for row, count in enumerate(np.minimum(made.number_B[:rows], ends)):
         tokens = made.tokens_BN[row, :count].tolist()
         if stopped[row]:
             reason = "stop"
@@ -185,8 +201,9 @@ def generate(
         int(np.sum(each[:rows])) for each in (made.used_B, made.computed_B, prompt_used_B, prompt_computed_B)
     )
     return results, Totals(
-        rows, sum(len(result.tokens) for result in results), used, computed, prompt_used, prompt_computed,
-        size * max(len(devices), 1), compiling, prefilling, decoding,
+        rows, sum(len(result.tokens) for result in results), used, computed, int(made.core_runs_1.sum()),
+        int(made.readouts_1.sum()), prompt_used, prompt_computed, size * max(len(devices), 1), compiling, prefilling,
+        decoding,
     )  # fmt: skip
 
 
@@ -202,14 +219,10 @@ def _require_prompts(model: MoEHuginnModel, prompts: Sequence[Sequence[int]]) ->
         )
 
 
-def _counts(made: Any, lengths: np.ndarray, most: int, rules: Rules) -> list[int]:
-    """Tokens of each row so far: up to its stop token or the end of the context."""
-    counts = []
-    for row, length in enumerate(lengths):
-        count = min(int(made.number_B[row]), most - int(length))
-        ends = np.flatnonzero(np.isin(made.tokens_BN[row, :count], rules.stop_tokens))
-        counts.append(int(ends[0]) + 1 if ends.size else count)
-    return counts
+def _require_limits(limits: np.ndarray, shape: tuple[int, int], recurrence: int) -> None:
+    require(limits.shape == shape, f"limits has the shape {limits.shape}, not {shape} as rows and max_new_tokens")
+    low, high = limits.min(), limits.max()
+    require(low > 0 and high <= recurrence, f"limits from {low} to {high} must lie in [1, recurrence={recurrence}]")
 
 
 class _Clock:

@@ -1,4 +1,4 @@
-"""The two compiled programs of generation: one for the prompts with the first new token, one loop over further tokens.
+"""The two compiled programs of generation: one for the prompts with the first new token, one loop for all further ones.
 
 With a mesh of its one axis `DATA` each device runs the program of one device on its share of the rows, without any
 traffic; a device whose rows have finished does not wait for the others.
@@ -15,8 +15,10 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from jax_huginn.inference import batching
+from jax_huginn.inference.batching import InFlight, Schedule
 from jax_huginn.inference.sampling import Sampling, choose
-from jax_huginn.inference.thinking import Depth, Thought, think_prompts, think_tokens
+from jax_huginn.inference.thinking import Depth, think_prompts
 from jax_huginn.model.cache import Cache
 from jax_huginn.parallel.mesh import REPLICATED, per_device
 
@@ -31,6 +33,7 @@ class Rules(NamedTuple):
     """What the compiled programs depend on beside the model."""
 
     depth: Depth
+    schedule: Schedule
     sampling: Sampling
     stop_tokens: tuple[int, ...]
     warm_start: bool
@@ -47,35 +50,40 @@ class Inputs(NamedTuple):
     """False for rows that only fill up a device's share."""
     state_LD: jax.Array
     """s_0 of every position of the cache."""
+    limit_BN: jax.Array
+    """The most recurrences of the position that gives each token, or (B,0)."""
 
 
 class Made(NamedTuple):
     """The text so far, small enough to be fetched often."""
 
     number_B: jax.Array
-    """Tokens made, the same for all rows of a device; what a row made after its end does not count."""
+    """Tokens made."""
     finished_B: jax.Array
     tokens_BN: jax.Array
     steps_BN: jax.Array
     logprobs_BN: jax.Array
     used_B: jax.Array
     computed_B: jax.Array
+    core_runs_1: jax.Array
+    """Runs of the core on a device."""
+    readouts_1: jax.Array
+    """Runs of coda and head beside those of a criterion."""
 
 
 class Carry(NamedTuple):
-    """Everything that changes from token to token."""
+    """Everything that changes from round to round."""
 
     made: Made
     cache: Cache
     token_B: jax.Array
     """The newest token of every row, which is not in the cache yet."""
-    state_B1D: jax.Array
-    """The last state of the token before it."""
+    in_flight: InFlight
     seen_BV: jax.Array
     """Tokens of prompt and text, for the repetition penalty; (B,0) without one."""
 
 
-INPUT_SPECS: Any = Inputs._make([BY_ROW, BY_ROW, BY_ROW, REPLICATED])
+INPUT_SPECS: Any = Inputs._make([BY_ROW, BY_ROW, BY_ROW, REPLICATED, BY_ROW])
 _CARRY_SPECS: Any = Carry._make([BY_ROW, PartitionSpec(None, DATA), BY_ROW, BY_ROW, BY_ROW])
 
 
@@ -99,17 +107,23 @@ def prefill(graphdef: nnx.GraphDef, rules: Rules, params: Any, inputs: Inputs, t
             tokens_BS = jnp.where(jnp.arange(length) < inputs.length_B[:, None], tokens_BS, vocabulary)
             seen_BV = jnp.zeros((rows, vocabulary), bool)
             seen_BV = seen_BV.at[jnp.arange(rows)[:, None], tokens_BS].set(True, mode="drop")
+        none_B = jnp.zeros(rows, jnp.int32)
         nothing = Made(
-            number_B=jnp.zeros(rows, jnp.int32),
+            number_B=none_B,
             finished_B=~inputs.real_B,
             tokens_BN=jnp.zeros((rows, rules.max_new_tokens), jnp.int32),
             steps_BN=jnp.zeros((rows, rules.max_new_tokens), jnp.int32),
             logprobs_BN=jnp.zeros((rows, rules.max_new_tokens), thought.logits_BV.dtype),
-            used_B=jnp.zeros(rows, jnp.int32),
-            computed_B=jnp.zeros(rows, jnp.int32),
+            used_B=none_B,
+            computed_B=none_B,
+            core_runs_1=none_B[:1],
+            readouts_1=none_B[:1],
         )
+        begun = batching.begin(rules.depth.exit, thought.state_B1D, model.config.model.vocab_size)
+        carry = Carry(nothing, thought.cache, none_B, begun, seen_BV)
         most = model.config.model.max_length
-        return _next_token(rules, inputs, most, nothing, seen_BV, thought), thought.used_B, thought.computed_B
+        carry = _next_token(rules, inputs, most, carry, thought.logits_BV, inputs.real_B, thought.steps_B)
+        return carry, thought.used_B, thought.computed_B
 
     in_specs, out_specs = (REPLICATED, INPUT_SPECS, BY_ROW), (_CARRY_SPECS, BY_ROW, BY_ROW)
     return _on_each_device(run, rules.mesh, in_specs, out_specs)(params, inputs, tokens_BS)
@@ -117,45 +131,77 @@ def prefill(graphdef: nnx.GraphDef, rules: Rules, params: Any, inputs: Inputs, t
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
 def decode(graphdef: nnx.GraphDef, rules: Rules, params: Any, inputs: Inputs, carry: Carry, until: jax.Array):
-    """The carry when `until` tokens have been made or all rows have finished."""
+    """The carry when an unfinished row has `until` tokens or all rows have finished."""
 
     def run(params: Any, inputs: Inputs, carry: Carry, until: jax.Array) -> Carry:
         model = nnx.merge(graphdef, params)
+        limited = inputs.limit_BN.shape[1] > 0
 
-        def token(carry: Carry) -> Carry:
-            made = carry.made
+        def one_round(carry: Carry) -> Carry:
+            made, rows = carry.made, carry.in_flight
             index_B = inputs.length_B + made.number_B - 1
-            start_B1D = carry.state_B1D if rules.warm_start else inputs.state_LD.at[index_B].get(mode="clip")[:, None]
-            thought = think_tokens(model, rules.depth, carry.cache, carry.token_B, index_B, made.finished_B, start_B1D)
-            made = made._replace(used_B=made.used_B + thought.used_B, computed_B=made.computed_B + thought.computed_B)
-            return _next_token(rules, inputs, model.config.model.max_length, made, carry.seen_BV, thought)
+            start_B1D = rows.state_B1D if rules.warm_start else inputs.state_LD.at[index_B].get(mode="clip")[:, None]
+            limit_B = None
+            if limited:
+                limit_B = jnp.take_along_axis(inputs.limit_BN, made.number_B[:, None], axis=1, mode="clip")[:, 0]
+            done = batching.think_a_round(
+                model, rules.depth, rules.schedule, rows, carry.cache, carry.token_B, index_B, made.finished_B,
+                made.number_B, start_B1D, limit_B,
+            )  # fmt: skip
+            steps_B = done.in_flight.step_B1[:, 0]
+            made = made._replace(
+                used_B=made.used_B + jnp.where(done.ready_B, steps_B, 0),
+                computed_B=made.computed_B + done.computed_B,
+                core_runs_1=made.core_runs_1 + done.core_runs,
+                readouts_1=made.readouts_1 + 1,
+            )
+            carry = carry._replace(made=made, cache=done.cache, in_flight=done.in_flight)
+            most = model.config.model.max_length
+            return _next_token(rules, inputs, most, carry, done.logits_BV, done.ready_B, steps_B)
 
         def unfinished(carry: Carry) -> jax.Array:
-            return (carry.made.number_B[0] < until) & ~carry.made.finished_B.all()
+            made = carry.made
+            return (~made.finished_B).any() & (jnp.max(jnp.where(made.finished_B, 0, made.number_B)) < until)
 
-        return lax.while_loop(unfinished, token, carry)
+        return lax.while_loop(unfinished, one_round, carry)
 
     in_specs = (REPLICATED, INPUT_SPECS, _CARRY_SPECS, REPLICATED)
     return _on_each_device(run, rules.mesh, in_specs, _CARRY_SPECS)(params, inputs, carry, until)
 
 
-def _next_token(rules: Rules, inputs: Inputs, most: int, made: Made, seen_BV: jax.Array, thought: Thought) -> Carry:
-    """The carry with one more token, chosen from the logits of a thought; `most` is the context's length."""
-    rows_B = jnp.arange(thought.steps_B.shape[0])
-    token_B, logprob_B = choose(rules.sampling, thought.logits_BV, seen_BV, inputs.seed_B, made.number_B)
-    finished_B = made.finished_B | (inputs.length_B + made.number_B + 1 >= most)
+def _next_token(
+    rules: Rules,
+    inputs: Inputs,
+    most: int,
+    carry: Carry,
+    logits_BV: jax.Array,
+    ready_B: jax.Array,
+    steps_B: jax.Array,
+) -> Carry:
+    """The carry with one more token in the rows that are ready; `most` is the context's length."""
+    made, rows_B = carry.made, jnp.arange(ready_B.shape[0])
+    token_B, logprob_B = choose(rules.sampling, logits_BV, carry.seen_BV, inputs.seed_B, made.number_B)
+    number_B = made.number_B + 1
+    ends_B = (inputs.length_B + number_B >= most) | (number_B >= rules.max_new_tokens)
     for stop in rules.stop_tokens:
-        finished_B |= token_B == stop
-    newest = made.number_B[0]
+        ends_B |= token_B == stop
+
+    def appended(each_BN: jax.Array, new_B: jax.Array) -> jax.Array:
+        place_B = jnp.where(ready_B, made.number_B, rules.max_new_tokens)
+        return each_BN.at[rows_B, place_B].set(new_B, mode="drop")
+
     made = made._replace(
-        number_B=made.number_B + 1,
-        finished_B=finished_B,
-        tokens_BN=made.tokens_BN.at[:, newest].set(token_B),
-        steps_BN=made.steps_BN.at[:, newest].set(thought.steps_B),
-        logprobs_BN=made.logprobs_BN.at[:, newest].set(logprob_B),
+        number_B=jnp.where(ready_B, number_B, made.number_B),
+        finished_B=made.finished_B | (ready_B & ends_B),
+        tokens_BN=appended(made.tokens_BN, token_B),
+        steps_BN=appended(made.steps_BN, steps_B),
+        logprobs_BN=appended(made.logprobs_BN, logprob_B),
     )
-    seen_BV = seen_BV.at[rows_B, token_B].set(True, mode="drop")
-    return Carry(made, thought.cache, token_B, thought.state_B1D, seen_BV)
+    seen_BV = carry.seen_BV.at[rows_B, jnp.where(ready_B, token_B, carry.seen_BV.shape[1])].set(True, mode="drop")
+    rows = carry.in_flight
+    rows = rows._replace(step_B1=jnp.where(ready_B[:, None], 0, rows.step_B1))
+    token_B = jnp.where(ready_B, token_B, carry.token_B)
+    return Carry(made, carry.cache, token_B, rows, seen_BV)
 
 
 def _on_each_device(

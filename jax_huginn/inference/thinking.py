@@ -1,7 +1,7 @@
-"""From tokens to logits over a cache: a whole prompt in parallel, or one new token of every row.
+"""From the tokens of whole prompts, which think side by side, to logits and a cache.
 
-Both run recurrences until all their tokens have exited. An exited token keeps its state and writes nothing more, so
-the others see it as it was at its last recurrence; so do later tokens, wherever they think deeper.
+Recurrences are run until all tokens have exited. An exited token keeps its state and writes nothing more, so the others
+see it as it was at its last recurrence; so do later tokens, wherever they think deeper.
 """
 
 from collections.abc import Callable
@@ -41,7 +41,7 @@ class Thought(NamedTuple):
     used_B: jax.Array
     """Recurrences that the row's tokens used together."""
     computed_B: jax.Array
-    """Recurrences that were computed for them: exited, finished and padded tokens are computed along."""
+    """Recurrences that were computed for them: exited and padded tokens are computed along."""
 
 
 class _Progress(NamedTuple):
@@ -100,40 +100,6 @@ def think_prompts(
         used_B=jnp.sum(end.steps_BS, axis=1, dtype=jnp.int32),
         computed_B=jnp.full(rows, end.step * length),
     )
-
-
-def think_tokens(
-    model: MoEHuginnModel,
-    depth: Depth,
-    cache: Cache,
-    token_B: jax.Array,
-    index_B: jax.Array,
-    idle_B: jax.Array,
-    state_B1D: jax.Array,
-) -> Thought:
-    """One new token of every row at position `index_B`, from the state that it starts with.
-
-    An idle row has no token: it writes nothing, and does not keep the others waiting.
-    """
-    index_B = jnp.where(idle_B, model.config.model.max_length, index_B)
-    at = model.positions(index_B[:, None])
-    injected_B1D, _, injected = model.inject(token_B[:, None], at, cache)
-    assert injected is not None
-
-    def recur(now: _Progress, here: Positions) -> tuple[jax.Array, Cache, tuple[KV, ...]]:
-        state_B1D, _, cache = model.recur(injected_B1D, now.state_BSD, here, now.cache, now.step % depth.slots)
-        assert cache is not None
-        return state_B1D, cache, ()
-
-    state_B1D = state_B1D.astype(injected_B1D.dtype)
-    end = until_done(model, depth, recur, state_B1D, at, injected, (), idle_B[:, None])
-    cache, steps_B = end.cache, end.steps_BS[:, 0]
-    if depth.exit is not None:
-        cache = cache._replace(core=caches.fill_deeper(cache.core, index_B, jnp.maximum(steps_B, 1)))
-    _, y_B1D, kept = model.read_out(end.state_BSD, at, cache)
-    assert kept is not None
-    computed_B = jnp.broadcast_to(end.step, steps_B.shape)
-    return Thought(kept, model.head(y_B1D)[:, 0], end.state_BSD, steps_B, steps_B, computed_B)
 
 
 def until_done(

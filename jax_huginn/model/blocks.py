@@ -28,6 +28,8 @@ class Positions(NamedTuple):
     """Rotary angles, (S,J,2), or (B,S,J,2) if sequences differ."""
     index_BS: jax.Array
     """Positions from 0. A token at a position past the end of the cache is not written to it."""
+    row_B: jax.Array | None = None
+    """Rows of the cache that the sequences are in, if they are not all of them in order."""
 
 
 class RMSNorm(nnx.Module):
@@ -87,8 +89,8 @@ class Attention(nnx.Module):
         """
         grouped, bias_LHK = self.kv_heads < self.heads, None
         k_BSGK = apply_rope(k_BSGK if grouped else k_BSGK + k_bias_1HK, at.angles)
-        kv = kv.write(slot, at.index_BS, k_BSGK, v_BSGK)
-        k_BLGK, v_BLGK = kv.read(slot)
+        kv = kv.write(slot, at.index_BS, k_BSGK, v_BSGK, at.row_B)
+        k_BLGK, v_BLGK = kv.read(slot, at.row_B)
         if grouped:
             angles_LJ2 = jnp.asarray(rope_table(kv.length, self.head_dim, self.rope_base))
             bias_LHK = apply_rope(jnp.broadcast_to(k_bias_1HK, (1, kv.length, *k_bias_1HK.shape[1:])), angles_LJ2)[0]

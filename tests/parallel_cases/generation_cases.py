@@ -3,13 +3,14 @@
 import jax
 import numpy as np
 
-from jax_huginn.inference import Exit, generate
+from jax_huginn.inference import Exit, Schedule, generate
 from tests.generation_support import model_of, prompts_of
 
 
 def test_two_devices_write_what_one_writes():
     prompts = prompts_of(3, 40, 17)  # a place of the second device stays empty
-    options = {"max_new_tokens": 6, "recurrence": 8, "exit": Exit("latent-diff", 0.15)}
+    lockstep = Schedule(one_in=1)
+    options = {"max_new_tokens": 6, "recurrence": 8, "exit": Exit("latent-diff", 0.15), "schedule": lockstep}
     dropping = {"dispatch": "all_to_all", "data": 1, "capacity_factor": 0.1}
     one, spent_by_one = generate(model_of("core"), prompts, **options)
     two, spent_by_two = generate(model_of("core", parallel=dropping), prompts, devices=jax.devices()[:2], **options)
