@@ -121,7 +121,7 @@ def routing(model: Any, tokens_BS: np.ndarray, documents: list[str]) -> dict[str
 
 
 class Readings(NamedTuple):
-    """All tokens think together from the fixed start state, and recurrences 1 to R are read out: (R,B,S) in JAX or NumPy."""
+    """All tokens think together from the fixed start; recurrences 1 to R are read out, (R,B,S) in JAX or NumPy."""
 
     nats: Any
     """Cross-entropy of the label; 0 where that is ignored."""
