@@ -55,13 +55,13 @@ def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="what a trained model is loaded from")
     parser.add_argument("--examples", type=int, default=32, help="of each difficulty (32)")
-    parser.add_argument("--no-exits", action="store_true", help="accuracy by recurrences and difficulty only")
+    parser.add_argument("--exits", choices=("none", "together", "all"), default="all", help="which ways to exit (all)")
     options, _ = parse(parser)
     for run in options.runs:
-        report(**measure(load_checkpoint(run), options.examples, not options.no_exits))
+        report(**measure(load_checkpoint(run), options.examples, options.exits))
 
 
-def measure(model: MoEHuginnModel, examples_each: int, exiting: bool) -> dict[str, Any]:
+def measure(model: MoEHuginnModel, examples_each: int, exiting: str) -> dict[str, Any]:
     config = model.config
     task = TASKS[config.data.task]
     examples = [
@@ -87,11 +87,12 @@ def measure(model: MoEHuginnModel, examples_each: int, exiting: bool) -> dict[st
         "accuracy": {r: by_level(right_RT[r - 1], level_T) for r in SHOWN},
         "accuracy_by_r": np.round(right_RT.mean(1), 4).tolist(),
     }
-    if exiting:
+    if exiting != "none":
         found["exits"] = {
             name: summary(steps_T, np.take_along_axis(right_RT, steps_T[None] - 1, axis=0)[0], level_T)
             for name, steps_T in steps.items()
         }
+    if exiting == "all":
         for field, think in (("exits_everywhere", everywhere), ("exits_after_prompt", after_prompt)):
             thought = {name: think(model, parts, RULES[name]) for name in GENERATED}
             found[field] = {

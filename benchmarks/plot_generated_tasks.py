@@ -50,7 +50,9 @@ def main() -> None:
         lines = [json.loads(line) for line in (RESULTS / f"{task}.jsonl").read_text().splitlines()]
         preset = [line for line in lines if name_of(line) == f"seed {line['seed']}"]
         tables = [accuracy_table(preset, UNITS[task]), comparison_table(lines, UNITS[task])]
-        tables += [exits_table([line for line in lines if field in line], field) for field in EXITS]
+        for field in EXITS:
+            if with_exits := [line for line in lines if field in line]:
+                tables.append(exits_table(with_exits, field))
         print("\n\n".join(tables))
         draw(preset, task, axes)
     seeds = ", ".join(str(line["seed"]) for line in preset)

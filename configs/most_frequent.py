@@ -3,7 +3,7 @@
     python train_jax.py --config configs/most_frequent.py
 
 Hardware: any.
-Expected result: accuracy by recurrences and difficulty as in docs/experiments.md.
+Expected result: 0.98 of the answers to 1 to 12 letters are right with 1 recurrence, 1.00 with 2.
 """
 
 import dataclasses

@@ -18,6 +18,6 @@ def get_config() -> Config:
     return dataclasses.replace(
         config,
         run_dir="runs/products",
-        model=dataclasses.replace(config.model, vocab_size=8),
+        model=dataclasses.replace(config.model, vocab_size=7),
         data=dataclasses.replace(config.data, task="products"),
     )

@@ -85,16 +85,19 @@ def rearrange(factors: str) -> str:
     ],
 )
 def test_the_other_tasks_are_answered_right(name, answer):
-    task = TASKS[name]
-    text = "".join(
-        task.alphabet[token]
-        for row in held_out_rows(name, count=50, length=40, hardest=12, seed=0)
-        for token in row.tokens
-    )
-    lines = [line for line in text.split("\n") if line]
-    assert {len(line) - 2 for line in lines} == set(range(1, 13))
-    for line in lines:
-        assert line == f"{line[:-2]}={answer(line[:-2])}"
+    task, counts = TASKS[name], set()
+    for row in held_out_rows(name, count=50, length=40, hardest=12, seed=0):
+        text = "".join(task.alphabet[token] for token in row.tokens)
+        for i in np.flatnonzero(row.labels != IGNORE):
+            question = text[text.rindex("\n", 0, i) + 1 : i + 1].removesuffix("=")
+            assert task.alphabet[row.labels[i]] == answer(question)
+            assert row.groups[i] == len(question)
+            counts.add(len(question))
+    assert counts == set(range(1, 13))
+    for difficulty in (1, 32):
+        *question, right = task.example(iter(range(7, 40)), difficulty)
+        text = "".join(task.alphabet[token] for token in question)
+        assert answer(text.strip("\n=")) == task.alphabet[right]
 
 
 def test_the_curriculum_grows_with_the_row():

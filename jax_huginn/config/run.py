@@ -114,10 +114,10 @@ class DataConfig:
     shuffle_window: int = 256
     """Rows within which each stream is shuffled; 1 keeps the files' order."""
     task: Literal["shell_game", "products", "last_digit", "most_frequent"] = "shell_game"
-    """What generated rows hold; of each line the last character alone is learnt. shell_game: 2CAFJB=4, a ball's cup,
-    swaps of two of five cups, and the ball's cup at the end. products: cbfd=e, elements of the group S3 and their
-    product. last_digit: 3514=3, digits and the last one of their sum. most_frequent: BADBE=B, letters and the most
-    frequent one. The difficulty is the number of swaps, factors, digits or letters."""
+    """What generated rows hold; answers alone are learnt. shell_game: lines such as 2CAFJB=4, a ball's cup, swaps of
+    two of five cups, and the ball's cup at the end. products: cbfd, elements of the group S3, at each the product so
+    far. last_digit: 3514=3, digits and the last one of their sum. most_frequent: BADBE=B, letters and the most frequent
+    one. The difficulty is the number of swaps, factors, digits or letters."""
     difficulty: int = 12
     """Hardest generated example of training; difficulties are uniform up to it."""
     curriculum_rows: int = 0

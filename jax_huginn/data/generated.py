@@ -51,7 +51,7 @@ class GeneratedRows(grain.IterDataset):
         hardest, ramp = order["difficulty"], order["curriculum_rows"]
         if number < ramp:
             hardest = min(hardest, EASIEST) + max(hardest - EASIEST, 0) * number // ramp
-        bits = random_bits(self._length, order["seed"], EXAMPLE, number)
+        bits = random_bits(self._length + 1, order["seed"], EXAMPLE, number)
         return TASKS[order["task"]].row(iter(bits.tolist()), self._length, hardest)
 
     def locate(self, position: dict[str, Any], row: int) -> str:
@@ -93,5 +93,5 @@ class GeneratedIterator(grain.DatasetIterator):
 
 def held_out_rows(task: str, *, count: int, length: int, hardest: int, seed: int) -> list[Row]:
     """Rows for validation, of difficulties up to `hardest`. Short examples may occur in training too."""
-    bits = (random_bits(length, seed, HELD_OUT, number).tolist() for number in range(count))
+    bits = (random_bits(length + 1, seed, HELD_OUT, number).tolist() for number in range(count))
     return [TASKS[task].row(iter(each), length, hardest) for each in bits]

@@ -1,6 +1,6 @@
 """Tasks whose examples are made as they are needed, of any difficulty; a row is packed with as many as it holds.
 
-An example is text that ends with its answer. The answer alone is learnt: everything before it is random.
+An example is text, of which the answers alone are learnt: everything else is random.
 """
 
 from abc import ABC, abstractmethod
@@ -13,7 +13,7 @@ from jax_huginn.data.rows import IGNORE, Row
 
 
 class Task(ABC):
-    """A kind of example; one character is one token. The one before an answer is `=`."""
+    """A kind of example; one character is one token."""
 
     separator = "\n"
     """The character in front of every example, which is also the tokenizer's BOS and EOS."""
@@ -21,18 +21,25 @@ class Task(ABC):
     """All characters; the index of one is its token."""
 
     @abstractmethod
-    def longest(self, difficulty: int) -> int:
-        """Tokens of an example of this difficulty, with its separator."""
-
-    @abstractmethod
     def example(self, bits: Iterator[int], difficulty: int) -> list[int]:
         """The tokens of an example, from the separator to the answer, which is the last one."""
+
+    def part_of_row(self, bits: Iterator[int], difficulty: int) -> Row:
+        """An example as it is in a row."""
+        tokens = np.array(self.example(bits, difficulty), np.int32)
+        labels, groups = np.full_like(tokens, IGNORE), np.zeros_like(tokens)
+        labels[-2], groups[-2] = tokens[-1], difficulty
+        return Row(tokens, labels, groups)
+
+    def longest(self, difficulty: int) -> int:
+        """Tokens of an example of this difficulty in a row."""
+        return len(self.part_of_row(iter([0] * (difficulty + 1)), difficulty).tokens)
 
     def row(self, bits: Iterator[int], length: int, hardest: int) -> Row:
         """A row of `length` tokens, packed with whole examples whose difficulties are uniform in 1..`hardest`.
 
         Args:
-            bits: random integers below 2**64; `length` of them are enough.
+            bits: random integers below 2**64; `length` + 1 of them are enough.
         """
         tokens = np.full(length, self.alphabet.index(self.separator), np.int32)
         labels = np.full(length, IGNORE, np.int32)
@@ -43,8 +50,8 @@ class Task(ABC):
             end = begin + self.longest(count)
             if end > length:
                 return Row(tokens, labels, groups)
-            tokens[begin:end] = self.example(bits, count)
-            labels[end - 2], groups[end - 2] = tokens[end - 1], count
+            part = self.part_of_row(bits, count)
+            tokens[begin:end], labels[begin:end], groups[begin:end] = part
             begin = end
 
     def _tokens(self, text: str) -> list[int]:
@@ -62,9 +69,6 @@ class ShellGame(Task):
     swaps = tuple(combinations(range(cups), 2))
     alphabet = "12345" + "ABCDEFGHIJ" + "=" + Task.separator
 
-    def longest(self, difficulty: int) -> int:
-        return difficulty + 4
-
     def example(self, bits: Iterator[int], difficulty: int) -> list[int]:
         first = cup = next(bits) % self.cups
         moves = [next(bits) % len(self.swaps) for _ in range(difficulty)]
@@ -75,25 +79,29 @@ class ShellGame(Task):
 
 
 class Products(Task):
-    """Six ways to rearrange three things, one after the other: `cbfd=e` asks for the one that does it all at once.
+    """Ways to rearrange three things, one after the other: which one does all of `cbfd` at once?
 
-    Each letter is an element of the symmetric group S3 in lexicographic order, `a` the one that changes nothing. The
-    difficulty is the number of factors. A later factor is applied to the result of the earlier ones.
+    Each letter is an element of the symmetric group S3 in lexicographic order, `a` the one that changes nothing. In a
+    row the product so far is learnt at every letter: with the last product alone a model learns no more than a few
+    factors. The difficulty is their number. A later factor is applied to the result of the earlier ones.
     """
 
     elements = tuple(permutations(range(3)))
-    alphabet = "abcdef" + "=" + Task.separator
-
-    def longest(self, difficulty: int) -> int:
-        return difficulty + 3
+    alphabet = "abcdef" + Task.separator
 
     def example(self, bits: Iterator[int], difficulty: int) -> list[int]:
+        part = self.part_of_row(bits, difficulty)
+        return [*part.tokens.tolist(), int(part.labels[-1])]
+
+    def part_of_row(self, bits: Iterator[int], difficulty: int) -> Row:
         factors = [next(bits) % len(self.elements) for _ in range(difficulty)]
-        product = self.elements[0]
+        product, products = self.elements[0], []
         for factor in factors:
             product = tuple(product[place] for place in self.elements[factor])
-        separator, equals = self._tokens(self.separator + "=")
-        return [separator, *factors, equals, self.elements.index(product)]
+            products.append(self.elements.index(product))
+        tokens = [*self._tokens(self.separator), *factors]
+        parts = (tokens, [IGNORE, *products], range(difficulty + 1))
+        return Row(*(np.array(each, np.int32) for each in parts))
 
 
 class LastDigit(Task):
@@ -103,9 +111,6 @@ class LastDigit(Task):
     """
 
     alphabet = "0123456789" + "=" + Task.separator
-
-    def longest(self, difficulty: int) -> int:
-        return difficulty + 3
 
     def example(self, bits: Iterator[int], difficulty: int) -> list[int]:
         digits = [next(bits) % 10 for _ in range(difficulty)]
@@ -120,9 +125,6 @@ class MostFrequent(Task):
     """
 
     alphabet = "ABCDE" + "=" + Task.separator
-
-    def longest(self, difficulty: int) -> int:
-        return difficulty + 3
 
     def example(self, bits: Iterator[int], difficulty: int) -> list[int]:
         letters = [next(bits) % 5 for _ in range(difficulty)]
