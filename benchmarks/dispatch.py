@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def loss_and_gradients(config: Config, devices: int, batch: Any, depth: Any) -> tuple[float, dict[str, np.ndarray]]:
-    """Of one micro-batch on a mesh of so many devices."""
+    """One micro-batch on a mesh of so many devices."""
     mesh = make_mesh(config, jax.devices()[:devices])
     abstract = jax.eval_shape(lambda: init_params(config))
     params = jax.jit(lambda: init_params(config), out_shardings=shardings(abstract, mesh))()

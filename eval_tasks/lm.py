@@ -46,7 +46,7 @@ class HuginnLM(TemplateLM):
         self.notes: Counter[str] = Counter()
         """What was shortened to fit the model, and how often."""
         self.steps: Counter[str] = Counter()
-        """Of a model whose tokens exit: tokens read, recurrences used and computed for them."""
+        """If tokens exit: tokens read, and recurrences used and computed for them."""
 
     @property
     def eot_token_id(self) -> int:

@@ -45,7 +45,7 @@ def healthy(kind: str) -> tuple[Pair, Batch, Tensors]:
 
 
 def worst_error(kind: str, mutate: Mutation) -> float:
-    """Of all finite ones that the comparison reports against a mutated Torch model."""
+    """The largest finite error that the comparison reports against a mutated Torch model."""
     pair, batch, ours = healthy(kind)
     twin = copy.deepcopy(pair.twin)
     with torch.no_grad():

@@ -41,7 +41,7 @@ def measure() -> tuple[list[Claim], str]:
     claims: list[Claim] = []
     start = time.perf_counter()
 
-    def say() -> None:  # a run that is stopped should not have been in vain
+    def say() -> None:  # a run that is stopped keeps what it has
         print(f"{time.perf_counter() - start:.0f} s  {claims[-1]}", file=sys.stderr, flush=True)
 
     for kind in ("dense", "injection", "core"):

@@ -25,6 +25,9 @@ from jax_huginn.config.schema import (
 )
 from jax_huginn.model.huginn import MoEHuginnModel, abstract_model
 
+HANGS = 900
+"""Seconds that only a process that hangs takes, however busy the machine is."""
+
 
 def small_config(**sections: dict) -> Config:
     """A model of every part in a few thousand parameters; `small_config(moe={"experts": 0})` changes fields."""

@@ -137,6 +137,8 @@ def test_a_config_file_that_is_none_gets_one_line(tmp_path, content, words):
 def test_a_missing_config_option_is_said():
     with pytest.raises(ConfigError, match=r"--config configs/moe\.py"):
         parse_config(["--train.steps", "3"])
+    with pytest.raises(ConfigError, match="--config is given twice"):
+        parse_config(["--config", "configs/moe.py", "--config=configs/linux.py"])
 
 
 @pytest.mark.parametrize("broken", [{"bogus": 1}, {"train": {"bogus": 1}}, {"train": {"steps": "x"}}, {"train": 3}])

@@ -99,13 +99,13 @@ def test_bad_lines_of_jsonl_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     lines = ['{"text": "one"}', "not json", '{"text": 3}', "[" * 100_000, '"text"', '{"text": "two"}', '{"text"']
     path.write_text("\n".join(lines))
-    told: list[str] = []
-    bad = BadData("skip", told.append)
+    reported: list[str] = []
+    bad = BadData("skip", reported.append)
     documents = [document.text for _, piece in text_pieces(CorpusFile("a.jsonl", path), bad=bad) for document in piece]
     assert documents == ["one", "two"]
     assert bad.rows == 5
-    assert told[0] == f'skipped: {path} line 2 is not a JSON object with a string "text"'
-    assert told[-1] == f"skipped: 5 rows of {path} in all"
+    assert reported[0] == f'skipped: {path} line 2 is not a JSON object with a string "text"'
+    assert reported[-1] == f"skipped: 5 rows of {path} in all"
 
 
 def test_data_of_another_vocabulary_ends_the_run(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def test_an_epoch_of_all_streams_is_every_row_once(tmp_path: Path, streams: int)
 
 
 def test_a_place_of_the_old_order_is_refused_in_one_line(tmp_path: Path) -> None:
-    """Whole files were dealt to the streams then; such an order had no version."""
+    """Whole files were assigned to the streams then; such an order had no version."""
     file = CorpusFile("a", tmp_path, size=100)
     dataset = RowDataset(
         [file], lambda file, offset: iter([(0, np.zeros(100, np.int32))]),
@@ -138,6 +138,6 @@ def test_a_place_of_the_old_order_is_refused_in_one_line(tmp_path: Path) -> None
     iterator = iter(dataset)
     position = iterator.get_state()
     del position["order"]["version"]
-    with pytest.raises(DataError, match=r"dealt by another version of this program.*init_from") as error:
+    with pytest.raises(DataError, match=r"made by another version of this program.*init_from") as error:
         iterator.set_state(position)
     assert "\n" not in str(error.value)

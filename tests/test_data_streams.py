@@ -21,7 +21,7 @@ S = 16
 
 
 def make_corpus(folder: Path, lengths: list[int]) -> tuple[list[CorpusFile], dict[str, np.ndarray]]:
-    """Files whose tokens are numbered through the whole corpus, so that every token tells its place."""
+    """Files whose tokens are numbered through the whole corpus, so that every token shows its place."""
     numbers = itertools.count()
     contents = {f"{i:03}.txt": np.array([next(numbers) for _ in range(n)], np.int32) for i, n in enumerate(lengths)}
     for name in contents:

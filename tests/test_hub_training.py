@@ -16,6 +16,7 @@ from flax import nnx
 from jax_huginn import load_checkpoint
 from tests.hub.support import FILES, REPOSITORY, TRAIN, S, rows
 from tests.hub_server import Fault, HubServer, digest, serving
+from tests.support import HANGS
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 60
@@ -54,7 +55,7 @@ def start(hub: HubServer, folder: Path, run: str, *options: str) -> subprocess.P
 
 
 def finish(process: subprocess.Popen[str], log: Path) -> str:
-    assert process.wait(120) == 0, log.read_text()
+    assert process.wait(HANGS) == 0, log.read_text()
     return log.read_text()
 
 
@@ -65,7 +66,7 @@ def records(run: Path) -> list[dict[str, Any]]:
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], log: Path) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + HANGS
     while not condition():
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()

@@ -131,9 +131,9 @@ def test_training_starts_from_weights_and_then_goes_on_from_its_own(make_config,
         log=dataclasses.replace(config.log, tensorboard=False),
     )
     train(config)
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for line in ("weights of", "making the initial state", "reading the first rows", "compiled in"):
-        assert line in told
+        assert line in printed
     for ours, theirs in zip(
         jax.tree.leaves(params_of(model)), jax.tree.leaves(params_of(load_checkpoint(tmp_path / "run"))), strict=True
     ):

@@ -76,7 +76,7 @@ def test_rematerialisation_changes_memory_but_not_gradients(make_config, remat):
 
 @pytest.mark.parametrize("moe", PLACEMENTS[::3], ids=["dense", "core"])
 def test_what_each_policy_multiplies_again(make_config, moe):
-    """Of one block: attention's scores, which no kernel hides here; gate and up as well; all but attention's; all.
+    """One block: attention's scores, which no kernel hides here; gate and up as well; all but attention's; all.
 
     Gate and up are one matmul of an MLP, four of shared and routed experts, whose dispatch counts by two more.
     """

@@ -16,6 +16,7 @@ from jax_huginn.model.initializers import random_state
 from jax_huginn.parallel import processes
 from jax_huginn.parallel.mesh import make_mesh, mesh_sizes, require_fit
 from jax_huginn.parallel.processes import by_launcher
+from tests.support import HANGS
 
 ROOT = Path(__file__).parent.parent
 CASES = sorted((ROOT / "tests/parallel_cases").glob("*_cases.py"))
@@ -30,7 +31,7 @@ def test_on_eight_devices(file):
         "PYTHONPATH": str(ROOT),
     }
     line = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(file)]
-    result = subprocess.run(line, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=600, check=False)
+    result = subprocess.run(line, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=HANGS, check=False)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     assert " passed" in result.stdout
     assert "skipped" not in result.stdout

@@ -20,6 +20,7 @@ from jax_huginn.cost.memory import state_arrays
 from jax_huginn.cost.plan import Cluster, Plan, best_plans, mean_depth
 from jax_huginn.cost.roofline import step_work
 from jax_huginn.parallel.mesh import AXES
+from tests.support import HANGS
 
 ROOT = Path(__file__).parent.parent
 XLA_FLAGS = "--xla_force_host_platform_device_count=8 --xla_disable_hlo_passes=cse_barrier_expander"
@@ -31,7 +32,7 @@ def test_bytes_are_the_compilers_on_eight_devices():
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     file = ROOT / "tests/parallel_cases/compiled_plan.py"
     line = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(file)]
-    result = subprocess.run(line, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=600, check=False)
+    result = subprocess.run(line, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=HANGS, check=False)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     assert " passed" in result.stdout
     assert "skipped" not in result.stdout

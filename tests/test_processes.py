@@ -15,6 +15,7 @@ import pytest
 from flax import nnx
 
 from jax_huginn import load_checkpoint
+from tests.support import HANGS
 
 ROOT = Path(__file__).parent.parent
 PRESET = """
@@ -99,12 +100,12 @@ def start_two(preset: Path, run_dir: Path, *arguments: str, only_second: tuple[s
     ]
 
 
-def finish(processes, timeout: float = 120) -> list[tuple[int, str, str]]:
+def finish(processes) -> list[tuple[int, str, str]]:
     """Exit status and outputs of each; a process that hangs fails the test."""
     results = []
     try:
         for process in processes:
-            out, err = process.communicate(timeout=timeout)
+            out, err = process.communicate(timeout=HANGS)
             results.append((process.returncode, out, err))
     finally:
         for process in processes:
@@ -161,7 +162,7 @@ def test_one_process_goes_on_as_two(preset, two, tmp_path):
 
 
 def test_processes_of_different_configs_say_so(preset, tmp_path):
-    results = finish(start_two(preset, tmp_path / "run", only_second=("--train.seed", "1")), timeout=60)
+    results = finish(start_two(preset, tmp_path / "run", only_second=("--train.seed", "1")))
     for number, (status, _, err) in enumerate(results):
         assert status == 2
         assert f"error: process {number} of 2: the config must be the same on every process: train.seed is 0 on " in err
@@ -170,7 +171,7 @@ def test_processes_of_different_configs_say_so(preset, tmp_path):
 
 
 def test_processes_that_draw_other_depths_say_so(preset, tmp_path):
-    results = finish(start_two(preset, tmp_path / "run", script=("-c", OTHER_DEPTHS)), timeout=60)
+    results = finish(start_two(preset, tmp_path / "run", script=("-c", OTHER_DEPTHS)))
     for status, _, err in results:
         assert status == 2
         assert "the depths must be the same on every process: (n, k) of step 5 is" in err
@@ -187,7 +188,7 @@ def test_a_signal_to_one_process_stops_both_after_one_step(preset, tmp_path):
     first, second = start_two(preset, tmp_path / "run", "--train.steps", "100000")
     wait_for(first, "step 4")
     second.send_signal(signal.SIGTERM)  # the one that writes nothing
-    results = finish([first, second], timeout=60)
+    results = finish([first, second])
     assert [status for status, _, _ in results] == [0, 0], results
     assert "stopped by SIGTERM: saved step" in results[0][1]
 
@@ -198,7 +199,7 @@ def test_a_killed_process_ends_the_other_within_a_minute(preset, tmp_path, kille
     wait_for(processes[0], "step 4")
     processes[killed].kill()
     begin = time.monotonic()
-    results = finish([processes[1 - killed]], timeout=60)
+    results = finish([processes[1 - killed]])
     processes[killed].wait()
     status, _, err = results[0]
     assert time.monotonic() - begin < 60

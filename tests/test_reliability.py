@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import HANGS
+
 ROOT = Path(__file__).parent.parent
 SMALL = shlex.split("""--model.width 16 --model.heads 2 --model.kv_heads 2 --model.mlp_width 24 --model.vocab_size 300
     --moe.experts 0 --train.batch_size 2 --train.sequence_length 32 --recurrence.mean 2 --recurrence.backprop_depth 1
@@ -76,7 +78,7 @@ def test_a_run_survives_a_full_disk_and_saves_once_there_is_room(start, tmp_path
     failed = int(failure.split()[2])
     wait_until(lambda: any(int(path.name) > failed for path in checkpoints.glob("[0-9]*")))
     process.terminate()
-    rest, errors = process.communicate(timeout=60)
+    rest, errors = process.communicate(timeout=HANGS)
     assert process.returncode == 0, errors
     assert "stopped by SIGTERM: saved step" in rest
     assert "Traceback" not in errors, errors
@@ -89,7 +91,7 @@ def test_a_second_job_is_kept_out_of_a_run_folder(start, tmp_path):
     first = start("--train.steps", "1000000", "--checkpoint.every", "20")
     wait_until((tmp_path / "run/checkpoints/20").is_dir)
     second = start("--checkpoint.resume", "false", "--checkpoint.overwrite", "true")
-    _, errors = second.communicate(timeout=120)
+    _, errors = second.communicate(timeout=HANGS)
     assert second.returncode == 2
     assert errors.startswith(f"error: run_dir={tmp_path / 'run'} is in use by another job: ")
     assert errors.count("\n") == 1
@@ -98,7 +100,7 @@ def test_a_second_job_is_kept_out_of_a_run_folder(start, tmp_path):
     first.kill()
     first.wait()
     third = start("--train.steps", "1")  # the kill has freed it
-    printed, errors = third.communicate(timeout=120)
+    printed, errors = third.communicate(timeout=HANGS)
     assert third.returncode == 0, errors
     assert "is finished" in printed
 
@@ -109,7 +111,7 @@ def test_a_last_save_that_fails_ends_in_one_line_and_the_same_command_mends_it(s
     blocked.mkdir(parents=True)
     (blocked / ".unfinished").write_text("not a folder")
     process = start(*options)
-    printed, errors = process.communicate(timeout=120)
+    printed, errors = process.communicate(timeout=HANGS)
     assert process.returncode == 2
     assert (
         errors
@@ -118,7 +120,7 @@ def test_a_last_save_that_fails_ends_in_one_line_and_the_same_command_mends_it(s
     assert printed.count("error: checkpoint 10 was not written") == printed.count("error: checkpoint 20 was not") == 1
     (blocked / ".unfinished").unlink()
     process = start(*options)
-    printed, errors = process.communicate(timeout=120)
+    printed, errors = process.communicate(timeout=HANGS)
     assert process.returncode == 0, errors
     assert (blocked / "20").is_dir()
 
@@ -129,7 +131,7 @@ def test_a_run_stops_before_the_job_s_end_and_tells_no_secret(start, tmp_path):
         "--train.steps", "1000000", "--checkpoint.save_before_timeout", "1m",
         SLURM_JOB_END_TIME=str(end), WANDB_API_KEY="s3cret-of-wandb", HF_TOKEN="s3cret-of-the-hub",
     )  # fmt: skip
-    printed, errors = process.communicate(timeout=120)
+    printed, errors = process.communicate(timeout=HANGS)
     assert process.returncode == 0, errors
     assert end - 61 < time.time() < end - 30
     assert "stopped by the job's end in 1m: saved step" in printed
@@ -144,7 +146,7 @@ def test_chaos_in_short(corpus):
     """Two kills; `scripts/chaos.py` alone makes 25."""
     line = [sys.executable, str(ROOT / "scripts/chaos.py"), "--kills", "2", "--steps", "24", "--seed", "3", *SMALL]
     line += ["--data.source", "text", "--data.path", str(corpus), "--log.tensorboard", "false"]
-    result = subprocess.run(line, capture_output=True, text=True, timeout=600, check=False)
+    result = subprocess.run(line, capture_output=True, text=True, timeout=HANGS, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     report = json.loads(result.stdout.splitlines()[-1])
     assert (report["kills"], report["differences"]) == (2, 0)

@@ -19,6 +19,7 @@ from jax_huginn.config.checks import UserError
 from jax_huginn.config.schema import Config
 from jax_huginn.training import loop
 from jax_huginn.training.loop import train
+from tests.support import HANGS
 
 ROOT = Path(__file__).parent.parent
 PRESET = """
@@ -79,7 +80,7 @@ def command(folder: Path, *arguments: str) -> tuple[list[str], dict[str, str]]:
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     line, environment = command(folder, *arguments)
-    return subprocess.run(line, env=environment, capture_output=True, text=True, cwd=folder, timeout=300, check=False)
+    return subprocess.run(line, env=environment, capture_output=True, text=True, cwd=folder, timeout=HANGS, check=False)
 
 
 def records_of(run_dir: Path) -> list[dict]:
@@ -157,7 +158,7 @@ def test_a_stop_signal_saves_and_says_how_to_resume(number, corpus, tmp_path):
         if output.startswith("step 4"):
             break
     process.send_signal(number)
-    rest, _ = process.communicate(timeout=120)
+    rest, _ = process.communicate(timeout=HANGS)
     assert process.returncode == 0, rest
     assert f"stopped by {number.name}: saved step" in rest
     assert "rerun the same command to resume" in rest

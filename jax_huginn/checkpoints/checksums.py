@@ -30,7 +30,7 @@ def checksums(tree: Any) -> dict[str, jax.Array]:
 
 
 def checksum(array: jax.Array | np.ndarray) -> jax.Array:
-    """Of one array, from the device or the host; waits for nothing."""
+    """Checksum of one array, from the device or the host; waits for nothing."""
     if isinstance(array, np.ndarray):  # as bits, since JAX would round float64 where x64 is off
         array = np.ascontiguousarray(array)
         words = array.reshape(*array.shape, 1).view(_UNSIGNED[array.dtype.itemsize])

@@ -174,7 +174,7 @@ def _sha256(file: Path) -> str:
 
 
 def _digest_of(content: dict[str, Any]) -> str:
-    """Of the checksums themselves: a lost line must not pass for a file that never was."""
+    """Digest of the checksums themselves: a lost line must not pass for a file that never was."""
     text = json.dumps({"files": content["files"], "arrays": content["arrays"]}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -24,6 +24,8 @@ def parse_config(arguments: Sequence[str]) -> Config:
         SystemExit: after `--help`, which prints every field with its default in FILE; without FILE, the presets.
     """
     path, overrides = _split_config_option(list(arguments))
+    if path is not None and _split_config_option(overrides)[0] is not None:
+        raise ConfigError("--config is given twice")
     asks_help = bool(HELP & set(overrides))
     if path is None:
         if asks_help:

@@ -21,7 +21,7 @@ MAY_CHANGE_FIELDS = (
     "parallel.process_id",
     "parallel.heartbeat_seconds",
 )
-# Of these the content is compared, see `data.contents`: a folder may be moved, or its path spelled otherwise.
+# Compared by content, see `data.contents`: a folder may be moved, or its path spelled otherwise.
 COMPARED_BY_CONTENT = ("data.path", "data.validation_path", "data.tokenizer")
 # What `checkpoint.accept_changes` lets a run change: how it is trained from here on, but neither what it is made of nor
 # the optimiser's state.

@@ -235,7 +235,7 @@ def device_memory(config: Config, sizes: Sizes, state: State, fused_attention: b
     if copied:
         within_step["copies to compute with"] = part(state.copies)
     if along(sizes, ("fsdp", "expert")) > 1:
-        # Of micro-batches that are loops, the compiler gathers all weights before the loop over them.
+        # Where micro-batches contain loops, the compiler gathers all weights before the loop over micro-batches.
         looped = config.compute.remat == "full" or not config.compute.unroll
         within_step["gathered weights"] = _gathered(state.copies, sizes, at_once=several and looped)
     if several:

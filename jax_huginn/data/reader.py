@@ -36,7 +36,7 @@ class Piece(NamedTuple):
     """Items read at once."""
 
     place: Place
-    """Of its first item."""
+    """Place of the first item."""
     items: np.ndarray
     skipped: tuple[int, int]
     """Rows and files skipped before it."""

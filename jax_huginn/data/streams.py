@@ -229,7 +229,7 @@ class RowIterator(grain.DatasetIterator):
         """
         if state["order"].get("version") != ORDER_VERSION:
             raise DataError(
-                "the checkpoint's data order was dealt by another version of this program: resume with that version, "
+                "the checkpoint's data order was made by another version of this program: resume with that version, "
                 "or start a new run with --checkpoint.init_from"
             )
         require_same_order(state["order"], self._order)

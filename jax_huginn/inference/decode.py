@@ -69,7 +69,7 @@ class Totals:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the decoding loop, so without each row's first token, which comes from the prompt's logits."""
+        """Speed of the decoding loop, so without each row's first token, which comes from the prompt's logits."""
         return (self.tokens - self.rows) / self.decode_seconds
 
 

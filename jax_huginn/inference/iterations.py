@@ -21,7 +21,7 @@ class Iterations(NamedTuple):
     states_RBSD: jax.Array
     """Raw states s_i, before any norm, in at least float32."""
     entropy_RBS: jax.Array
-    """Of the prediction at every position, nats."""
+    """Entropy of the prediction at every position, nats."""
     loss_RBS: jax.Array
     """Cross-entropy of the token that follows in the text, nats; NaN at the last position, which nothing follows."""
     top_tokens: jax.Array

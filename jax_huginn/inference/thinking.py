@@ -26,7 +26,7 @@ class Depth(NamedTuple):
     """Recurrences of a token that does not exit."""
     exit: Exit | None
     slots: int
-    """Of the core's cache."""
+    """Slots of the core's cache."""
 
 
 class Thought(NamedTuple):

@@ -35,7 +35,7 @@ class Part(NamedTuple):
     name: str
     """The name of its result in `model.remat`: matmul, gate_up or attention."""
     flops: float
-    """Of its forward pass."""
+    """FLOPs of the forward pass."""
     result: float
     """Elements that the backward pass may keep."""
 

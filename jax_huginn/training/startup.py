@@ -77,7 +77,7 @@ GPUS = ("/dev/nvidiactl", "/dev/kfd")
 def keep_freed_memory() -> bool:
     """Have glibc keep what is freed, on a machine without a GPU; to be called before JAX starts its threads.
 
-    XLA:CPU asks for a step's temporaries anew each step. By default glibc takes buffers of this size from the system
+    XLA:CPU asks for its temporaries again in each step. By default glibc takes buffers of this size from the system
     and gives them back, so that every step pays for tens of thousands of page faults: a sixth of the default preset's
     time (docs/performance.md). One arena, since the others are too small for such buffers.
 

@@ -25,7 +25,7 @@ class Trajectories:
     entropy_RS: np.ndarray
     """Nats."""
     loss_RS: np.ndarray
-    """Of the token that follows, nats; NaN at the last position."""
+    """Loss on the token that follows, nats; NaN at the last position."""
     top: Sequence[Sequence[Sequence[tuple[str, float]]]]
     """[recurrence][position]: (token, probability), the likeliest first."""
 

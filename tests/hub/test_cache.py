@@ -109,7 +109,7 @@ def test_the_cache_is_bounded_and_keeps_what_a_restart_reads(
             most = max(most, bytes_in_cache(tmp_path))
     assert 6 * SIZE < most <= limit
     assert max(len(hub.downloads(path)) for path in MORE) > 1  # what was removed was fetched again
-    # Going on from the last position needs no network for its window: 8 rows of 2 streams are 4 batches.
+    # Resuming from the last position needs no network for its window: 8 rows of 2 streams are 4 batches.
     monkeypatch.setattr(hf, "HF_HUB_OFFLINE", True)
     with closing((data := build(tmp_path, cache_gb=limit / 1e9)).train):
         data.train.set_state(position)

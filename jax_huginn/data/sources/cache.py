@@ -118,7 +118,7 @@ class FileCache:
                 self._forget(stream)
 
     def saved(self, stream: int, first: int, last: int) -> None:
-        """A checkpoint holds this position: going on from it reads the visits `first` to `last` again."""
+        """A checkpoint holds this position: resuming from it reads the visits `first` to `last` again."""
         with self._changed:
             self._saved[stream] = (first, last)
             self._forget(stream)
