@@ -22,6 +22,8 @@ XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_pas
 if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}".strip()
 
+pytest.register_assert_rewrite("tests.pth_support")  # test modules import it before they name it as a plugin
+
 from jax_huginn.config.schema import Config  # noqa: E402
 from tests.support import small_config  # noqa: E402
 

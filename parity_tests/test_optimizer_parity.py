@@ -61,7 +61,7 @@ def test_the_run_has_learned_clipped_warmed_up_and_met_many_depths(case):
     assert min(int(k.min()) for _, k in depths) < config.recurrence.backprop_depth
 
 
-def test_muon_is_torchs_own_but_for_its_precision_and_nesterov(monkeypatch):
+def test_muon_is_torchs_own_except_its_precision_and_nesterov(monkeypatch):
     """Twenty steps of torch.optim.Muon on three experts, tall and wide, are ours without Nesterov momentum.
 
     For this Torch's cast to bfloat16 before Newton-Schulz is a copy. Its Nesterov momentum, (1 - beta) g + beta m,

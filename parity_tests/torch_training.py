@@ -122,7 +122,7 @@ def adam_atan2(weights: dict[str, Tensor], settings: OptimizerConfig) -> Update:
 def muon(weights: dict[str, Tensor], settings: OptimizerConfig) -> Update:
     """Muon on the hidden matrices and AdamW on the rest, in the weights' own precision.
 
-    torch.optim.Muon differs in two points, see test_muon_is_torchs_own_but_for_its_precision_and_nesterov: its
+    torch.optim.Muon differs in two points, see test_muon_is_torchs_own_except_its_precision_and_nesterov: its
     Newton-Schulz iteration runs in bfloat16, and its Nesterov momentum lacks the correction for the zero at the start.
     """
     hidden = {n: w for n, w in weights.items() if w.ndim == 2 and "wte" not in n and "router" not in n}
