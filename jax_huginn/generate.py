@@ -67,13 +67,8 @@ def make_parser() -> OneLineParser:
     what.add_argument("--prompts", metavar="FILE.jsonl", help='objects with "prompt"; other keys come back unchanged')
     what.add_argument("--interactive", action="store_true", help="read prompts from the terminal")
     add("--out", metavar="FILE.jsonl", help="where the results of --prompts are written, one object a line")
-    add(
-        "--batch_size",
-        type=int,
-        default=16,
-        metavar="N",
-        help="texts of --prompts at once (16), each thinking at its own pace; changes no text",
-    )
+    add("--batch_size", type=int, default=16, metavar="N",
+        help="texts of --prompts at once (16), each thinking at its own pace; changes no text")  # fmt: skip
     add("--plain", action="store_true", help="continue the prompt as text even if the tokenizer has a chat template")
     add("--max_new_tokens", type=int, default=128, metavar="N", help="most new tokens of a text (128)")
     add("--recurrence", type=int, metavar="R", help="recurrences of a token (the mean of its training)")
