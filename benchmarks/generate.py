@@ -2,11 +2,15 @@
 
     python benchmarks/generate.py                                    # 3.5 B shape, bfloat16, r=32, on one H100
     python benchmarks/generate.py --batches 32 --contexts 2048 --policy mod --budget 8
+    python benchmarks/generate.py --batches 1 8 --contexts 256 --speculate 1 2 4 8
     python benchmarks/generate.py --config configs/moe.py --batches 2 --contexts 96 --new 16 --recurrence 4   # a CPU
 
 Weights are random. A case decodes the last `--new` tokens of its context after a prompt of the others; what ran first
 is compiled and not counted. The bound reads every weight that a token needs and the whole cache once, at the data
 sheet's bandwidth; it is null for an unknown device. A case whose cache does not fit prints the refusal.
+
+With `--speculate` each case is also measured for these numbers of drafts a cycle. The time of a cycle depends little on
+the drafts' acceptance, which random weights decide here; a cycle gives 1 + accepted tokens a row.
 """
 
 import os
@@ -30,7 +34,7 @@ from jax_huginn.config.overrides import override
 from jax_huginn.config.presets import load_config
 from jax_huginn.config.schema import Config
 from jax_huginn.cost.devices import DEVICES
-from jax_huginn.inference import Exit, generate
+from jax_huginn.inference import Drafts, Exit, generate
 from jax_huginn.inference.cache import bytes_of
 from jax_huginn.model.flops import forward_flops
 from jax_huginn.model.huginn import MoEHuginnModel, abstract_model
@@ -48,19 +52,24 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=0)
     parser.add_argument("--exit", help="a criterion; none by default")
     parser.add_argument("--exit-threshold", type=float)
+    parser.add_argument("--speculate", type=int, nargs="*", default=[], help="drafts a cycle")
+    parser.add_argument("--draft-recurrence", type=int, default=4, help="recurrences of a draft (4)")
     options, overrides = parse(parser)
     config = override(load_config(options.config), ["--model.dtype", "bfloat16", *overrides])
     model = random_model(config)
     for context in options.contexts:
         for batch in options.batches:
-            report(benchmark="generate", config=options.config, **case(model, options, batch, context))
+            for number in (0, *options.speculate):
+                drafts = Drafts(number, options.draft_recurrence) if number else None
+                report(benchmark="generate", config=options.config, **case(model, options, batch, context, drafts))
 
 
-def case(model: MoEHuginnModel, options: Any, batch: int, context: int) -> dict[str, Any]:
+def case(model: MoEHuginnModel, options: Any, batch: int, context: int, drafts: Drafts | None) -> dict[str, Any]:
     """One batch at one context, timed at its second run."""
     config, length = model.config, context - options.new
     shape = {"batch": batch, "context": context, "new_tokens": options.new, "recurrence": options.recurrence}
     shape |= {"policy": options.policy, "exit": options.exit}
+    shape |= {} if drafts is None else {"drafts": drafts.number, "draft_recurrence": drafts.recurrence}
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, config.model.vocab_size, (batch, length)).tolist()
     arguments = {
@@ -69,6 +78,7 @@ def case(model: MoEHuginnModel, options: Any, batch: int, context: int) -> dict[
         "exit": options.exit and Exit(options.exit, options.exit_threshold),
         "policy": options.policy,
         "budget": options.budget,
+        "drafts": drafts,
     }
     try:
         _, first = generate(model, prompts, **arguments)
@@ -79,6 +89,10 @@ def case(model: MoEHuginnModel, options: Any, batch: int, context: int) -> dict[
     bound = bound_of(config, options.recurrence, batch, context)
     outside, recurrence = forward_flops(config, length)
     flops = batch * length * (outside + options.recurrence * recurrence)
+    if drafts is not None:
+        cycles = totals.readouts / (drafts.number + 1)
+        shape |= {"cycles": cycles, "cycle_seconds": totals.decode_seconds / cycles}
+        shape |= {"accepted": totals.accepted / totals.drafted}
     return shape | {
         "tokens_per_second": decoded / totals.decode_seconds,
         "bound_tokens_per_second": bound,

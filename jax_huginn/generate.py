@@ -77,6 +77,8 @@ def make_parser() -> OneLineParser:
     add("--exit_entropy", type=float, metavar="NATS", help="largest entropy at which kl-entropy exits (0.3)")
     add("--exit_every", type=int, metavar="M", help="test the criterion every M recurrences (1)")
     add("--min_steps", type=int, metavar="N", help="recurrences before which no token exits (1)")
+    add("--speculate", type=int, metavar="N", help="draft N tokens, then verify them in one pass; changes no text")
+    add("--draft_recurrence", type=int, metavar="R", help="recurrences of a draft, with --speculate")
     add("--warm_start", action="store_true", help="a token starts from the last one's state, not from the fixed one")
     add("--cache.policy", dest="policy", default="full", metavar="POLICY",
         help="recurrences with own keys and values. full: all. mod: --cache.budget. last: one (full)")  # fmt: skip
@@ -106,7 +108,7 @@ def _underscores(words: Sequence[str]) -> list[str]:
 
 def settings_of(options: argparse.Namespace) -> Settings:
     """From the command line; raises ConfigError for what can be seen to be wrong before anything is loaded."""
-    from jax_huginn.inference import Sampling
+    from jax_huginn.inference import Drafts, Sampling
     from jax_huginn.inference.cache import slots_of
 
     require(options.max_new_tokens > 0, f"--max_new_tokens {options.max_new_tokens} must be positive")
@@ -119,10 +121,13 @@ def settings_of(options: argparse.Namespace) -> Settings:
     slots_of(options.policy, options.budget, 1)
     for name in ("exit_threshold", "exit_entropy", "exit_every", "min_steps"):
         require(options.exit or getattr(options, name) is None, f"--{name} needs --exit NAME")
+    together = (options.speculate is None) == (options.draft_recurrence is None)
+    require(together, "--speculate N and --draft_recurrence R belong together")
+    drafts = None if options.speculate is None else Drafts(options.speculate, options.draft_recurrence)
     sampling = Sampling(options.repetition_penalty, options.temperature, options.top_k, options.top_p, options.min_p)
     return Settings(
         options.max_new_tokens, options.recurrence, exit_of(options.exit, options), sampling, options.policy,
-        options.budget, options.warm_start, options.seed, tuple(options.stop),
+        options.budget, options.warm_start, drafts, options.seed, tuple(options.stop),
     )  # fmt: skip
 
 

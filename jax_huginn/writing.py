@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from jax_huginn.config.checks import UserError, require
 
 if TYPE_CHECKING:
-    from jax_huginn.inference import Exit, Generated, Sampling, Totals
+    from jax_huginn.inference import Drafts, Exit, Generated, Sampling, Totals
     from jax_huginn.inference.cache import Policy
 
 
@@ -27,6 +27,7 @@ class Settings:
     policy: "Policy"
     budget: int
     warm_start: bool
+    drafts: "Drafts | None"
     seed: int
     stop: tuple[str, ...]
 
@@ -81,8 +82,8 @@ class Writer:
         results, totals = generate(
             self.model, prompts, max_new_tokens=settings.max_new_tokens, recurrence=settings.recurrence,
             exit=settings.exit, policy=settings.policy, budget=settings.budget, warm_start=settings.warm_start,
-            sampling=settings.sampling, seeds=seeds, stop_tokens=self.stop_tokens, on_tokens=on_tokens,
-            tokens_per_call=16 if show is None else 1, devices=self.devices,
+            drafts=settings.drafts, sampling=settings.sampling, seeds=seeds, stop_tokens=self.stop_tokens,
+            on_tokens=on_tokens, tokens_per_call=16 if show is None else 1, devices=self.devices,
         )  # fmt: skip
         for text, result in zip(texts, results, strict=True):
             if len(result.tokens) > len(text.tokens):  # interrupted before they were handed over
@@ -204,6 +205,8 @@ def summary(results: "Sequence[Generated]", spent: "Sequence[Totals]") -> str:
     parts.append(f"mean steps {sum(steps) / max(len(steps), 1):.1f}")
     if decoded > 0:
         parts.append(f"computed {total['computed'] / decoded:.1f} a token")
+    if total["drafted"] > 0:
+        parts.append(f"{total['accepted'] / total['drafted']:.0%} of drafts accepted")
     parts.append(f"cache {total['cache_bytes'] / 1e6:.3g} MB")
     parts.append(f"prompt {total['prompt_seconds']:.2f} s")
     parts.append(f"compilation, apart, {total['compile_seconds']:.1f} s")

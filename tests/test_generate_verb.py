@@ -71,6 +71,16 @@ def test_a_stop_string_ends_a_text_before_it(folder, tmp_path):
     assert len(rows[0]["steps"]) == len(rows[0]["logprobs"]) == len(rows[0]["tokens"])
 
 
+def test_drafts_change_no_text(folder, tmp_path, capsys):
+    whole = ask(folder, tmp_path)
+    capsys.readouterr()
+    quick = ask(folder, tmp_path, "--speculate", "2", "--draft_recurrence", "1")
+    assert [(row["tokens"], row["steps"]) for row in quick] == [(row["tokens"], row["steps"]) for row in whole]
+    captured = capsys.readouterr()
+    totals = json.loads(captured.out)
+    assert f"{totals['accepted'] / totals['drafted']:.0%} of drafts accepted" in captured.err
+
+
 def test_a_stream_and_a_conversation_write_what_a_file_gets(folder, tmp_path, capsys, monkeypatch):
     texts = [row["text"] for row in ask(folder, tmp_path)]
     capsys.readouterr()
@@ -124,6 +134,7 @@ def test_an_interrupted_file_and_stream_keep_what_was_made(folder, tmp_path, cap
         (["--prompt", "\ud800"], "not valid Unicode"),
         (["--prompt", "a", "--exit", "kll"], "exit 'kll' is not a criterion: choose one of kl, kl-entropy"),
         (["--prompt", "a", "--min_steps", "4"], "--min_steps needs --exit NAME"),
+        (["--prompt", "a", "--speculate", "4"], "--speculate N and --draft_recurrence R belong together"),
         (["--prompt", "a", "--cache.policy", "some"], "cache.policy=some must be full, mod or last"),
         (["--prompt", "a", "--cache.policy=mod", "--cache.budget", "0"], "cache.budget=0 must be positive"),
         (["--prompt", "a", "--temprature", "1"], "unknown option --temprature; did you mean --temperature?"),

@@ -5,5 +5,16 @@ from jax_huginn.inference.decode import Generated, Totals, generate
 from jax_huginn.inference.exits import Exit
 from jax_huginn.inference.iterations import Iterations, return_iterations
 from jax_huginn.inference.sampling import Sampling
+from jax_huginn.inference.speculation import Drafts
 
-__all__ = ["Exit", "Generated", "Iterations", "Sampling", "Schedule", "Totals", "generate", "return_iterations"]
+__all__ = [
+    "Drafts",
+    "Exit",
+    "Generated",
+    "Iterations",
+    "Sampling",
+    "Schedule",
+    "Totals",
+    "generate",
+    "return_iterations",
+]

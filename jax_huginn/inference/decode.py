@@ -21,6 +21,7 @@ from jax_huginn.inference.batching import Schedule
 from jax_huginn.inference.exits import Exit
 from jax_huginn.inference.programs import BY_ROW, DATA, INPUT_SPECS, Inputs, Rules, compiled, decode, prefill
 from jax_huginn.inference.sampling import Sampling
+from jax_huginn.inference.speculation import Drafts, require_exact
 from jax_huginn.inference.thinking import Depth
 from jax_huginn.model import functional, initializers
 from jax_huginn.model.huginn import MoEHuginnModel
@@ -59,6 +60,9 @@ class Totals:
     """Runs of the core for them, each for all rows of a device or `Schedule.width` of them; of all devices."""
     readouts: int
     """Runs of coda and head, beside those that a criterion on predictions makes."""
+    drafted: int
+    accepted: int
+    """Drafts that became text."""
     prompt_used: int
     prompt_computed: int
     """The same of the prompts' tokens, padding included."""
@@ -84,6 +88,7 @@ def generate(
     budget: int = 0,
     warm_start: bool = False,
     schedule: Schedule = Schedule(),  # noqa: B008 - immutable
+    drafts: Drafts | None = None,
     limits: np.ndarray | None = None,
     sampling: Sampling | None = None,
     seeds: Sequence[int] | None = None,
@@ -101,6 +106,7 @@ def generate(
         policy: of the cache, see `inference.cache`; `budget` is the number of slots for "mod".
         warm_start: a new token starts from the last state of the token before it, not from the fixed s_0.
         schedule: which rows think together; changes no text.
+        drafts: tokens are drafted at few recurrences and verified at all; changes no text, see `inference.speculation`.
         limits: int (rows, max_new_tokens): the most recurrences of the position that gives each token, where it is less
             than `recurrence`. The first column is not read: prompts have no limits.
         seeds: one a row; default: 0, 1, ... A row's text depends on its own seed alone.
@@ -111,7 +117,8 @@ def generate(
         devices: rows are spread over them, and each gets a copy of the weights; default: the one that holds the model.
 
     Raises:
-        UserError: a prompt that is empty, too long or not of this vocabulary, or a cache that does not fit.
+        UserError: a prompt that is empty, too long or not of this vocabulary, a cache that does not fit, or drafts with
+            options under which they would change the text.
     """
     config, rows = model.config, len(prompts)
     most = config.model.max_length
@@ -121,6 +128,9 @@ def generate(
     _require_prompts(model, prompts)
     if limits is not None:
         _require_limits(limits, (rows, max_new_tokens), recurrence)
+    if drafts is not None:
+        require_exact(drafts, recurrence, exit, policy, warm_start)
+        require(limits is None, "speculation needs a fixed depth: leave out limits, or the drafts")
     mesh = Mesh(np.array(devices), (DATA,)) if len(devices) > 1 else None
     share = -(-rows // max(len(devices), 1))
     places = share * max(len(devices), 1)
@@ -130,8 +140,8 @@ def generate(
     size = caches.require_room(config, share, room, slots, memory_limit)
 
     rules = Rules(
-        Depth(recurrence, exit, slots), schedule.of(share), sampling or Sampling(), tuple(stop_tokens), warm_start,
-        max_new_tokens, mesh,
+        Depth(recurrence, exit, slots), schedule.of(share), drafts, sampling or Sampling(), tuple(stop_tokens),
+        warm_start, max_new_tokens, mesh,
     )  # fmt: skip
     graphdef, params = functional.split(model.cast())
     tokens_BS = np.zeros((places, padded), np.int32)
@@ -152,7 +162,8 @@ def generate(
         tokens_BS = jax.device_put(tokens_BS, NamedSharding(mesh, BY_ROW))
 
     clock = _Clock()
-    program = compiled(prefill, graphdef, rules._replace(schedule=Schedule()), params, inputs, tokens_BS)
+    prompts_alone = rules._replace(schedule=Schedule(), drafts=None)
+    program = compiled(prefill, graphdef, prompts_alone, params, inputs, tokens_BS)
     compiling = clock.lap()
     carry, prompt_used_B, prompt_computed_B = jax.block_until_ready(program(params, inputs, tokens_BS))
     prefilling = clock.lap()
@@ -201,10 +212,21 @@ def generate(
         int(np.sum(each[:rows])) for each in (made.used_B, made.computed_B, prompt_used_B, prompt_computed_B)
     )
     return results, Totals(
-        rows, sum(len(result.tokens) for result in results), used, computed, int(made.core_runs_1.sum()),
-        int(made.readouts_1.sum()), prompt_used, prompt_computed, size * max(len(devices), 1), compiling, prefilling,
-        decoding,
-    )  # fmt: skip
+        rows=rows,
+        tokens=sum(len(result.tokens) for result in results),
+        used=used,
+        computed=computed,
+        core_runs=int(made.core_runs_1.sum()),
+        readouts=int(made.readouts_1.sum()),
+        drafted=int(made.drafted_B[:rows].sum()),
+        accepted=int(made.accepted_B[:rows].sum()),
+        prompt_used=prompt_used,
+        prompt_computed=prompt_computed,
+        cache_bytes=size * max(len(devices), 1),
+        compile_seconds=compiling,
+        prompt_seconds=prefilling,
+        decode_seconds=decoding,
+    )
 
 
 def _require_prompts(model: MoEHuginnModel, prompts: Sequence[Sequence[int]]) -> None:

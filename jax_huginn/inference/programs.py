@@ -15,9 +15,10 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from jax_huginn.inference import batching
+from jax_huginn.inference import batching, speculation
 from jax_huginn.inference.batching import InFlight, Schedule
 from jax_huginn.inference.sampling import Sampling, choose
+from jax_huginn.inference.speculation import Drafts
 from jax_huginn.inference.thinking import Depth, think_prompts
 from jax_huginn.model.cache import Cache
 from jax_huginn.parallel.mesh import REPLICATED, per_device
@@ -34,6 +35,7 @@ class Rules(NamedTuple):
 
     depth: Depth
     schedule: Schedule
+    drafts: Drafts | None
     sampling: Sampling
     stop_tokens: tuple[int, ...]
     warm_start: bool
@@ -69,6 +71,9 @@ class Made(NamedTuple):
     """Runs of the core on a device."""
     readouts_1: jax.Array
     """Runs of coda and head beside those of a criterion."""
+    drafted_B: jax.Array
+    accepted_B: jax.Array
+    """Drafts that became text."""
 
 
 class Carry(NamedTuple):
@@ -118,6 +123,8 @@ def prefill(graphdef: nnx.GraphDef, rules: Rules, params: Any, inputs: Inputs, t
             computed_B=none_B,
             core_runs_1=none_B[:1],
             readouts_1=none_B[:1],
+            drafted_B=none_B,
+            accepted_B=none_B,
         )
         begun = batching.begin(rules.depth.exit, thought.state_B1D, model.config.model.vocab_size)
         carry = Carry(nothing, thought.cache, none_B, begun, seen_BV)
@@ -159,11 +166,22 @@ def decode(graphdef: nnx.GraphDef, rules: Rules, params: Any, inputs: Inputs, ca
             most = model.config.model.max_length
             return _next_token(rules, inputs, most, carry, done.logits_BV, done.ready_B, steps_B)
 
+        def one_cycle(carry: Carry) -> Carry:
+            full_B, most = jnp.full_like(carry.made.number_B, rules.depth.most), model.config.model.max_length
+
+            def append(carry: Carry, logits_BV: jax.Array, ready_B: jax.Array) -> Carry:
+                return _next_token(rules, inputs, most, carry, logits_BV, ready_B, full_B)
+
+            assert rules.drafts is not None
+            return speculation.cycle(
+                model, rules.drafts, rules.depth.most, inputs.length_B, inputs.state_LD, carry, append
+            )
+
         def unfinished(carry: Carry) -> jax.Array:
             made = carry.made
             return (~made.finished_B).any() & (jnp.max(jnp.where(made.finished_B, 0, made.number_B)) < until)
 
-        return lax.while_loop(unfinished, one_round, carry)
+        return lax.while_loop(unfinished, one_round if rules.drafts is None else one_cycle, carry)
 
     in_specs = (REPLICATED, INPUT_SPECS, _CARRY_SPECS, REPLICATED)
     return _on_each_device(run, rules.mesh, in_specs, _CARRY_SPECS)(params, inputs, carry, until)
