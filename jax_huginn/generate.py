@@ -92,7 +92,9 @@ def make_parser() -> OneLineParser:
     add("--stop", action="append", default=[], metavar="TEXT", help="ends a text before TEXT; may be repeated")
     add("--dtype", choices=("bfloat16", "float32", "float64"), help="type to compute in (the model's own)")
     add("--parallel.data", dest="data", type=int, default=1, metavar="N",
-        help="devices over which the texts are spread; -1: all (1)")  # fmt: skip
+        help="groups of devices over which the texts are spread; -1: all (1)")  # fmt: skip
+    add("--parallel.fsdp", dest="fsdp", type=int, default=1, metavar="N",
+        help="devices of a group, over which the weights are spread; -1: all (1)")  # fmt: skip
     add("--tokenizer_path", metavar="DIR", help="folder or hub name that AutoTokenizer loads; by default the source's")
     return parser
 
@@ -117,7 +119,9 @@ def settings_of(options: argparse.Namespace) -> Settings:
     )
     require(0 <= options.seed < 2**31, f"--seed {options.seed} must lie in [0, 2^31)")
     require(all(options.stop), "--stop '' would end every text at once: give a text")
-    require(options.data > 0 or options.data == -1, f"--parallel.data {options.data} must be positive, or -1 for all")
+    for name, size in (("data", options.data), ("fsdp", options.fsdp)):
+        require(size > 0 or size == -1, f"--parallel.{name} {size} must be positive, or -1 for all")
+    require(max(options.data, options.fsdp) > 0, "--parallel.data and --parallel.fsdp are both -1: give one a number")
     slots_of(options.policy, options.budget, 1)
     for name in ("exit_threshold", "exit_entropy", "exit_every", "min_steps"):
         require(options.exit or getattr(options, name) is None, f"--{name} needs --exit NAME")
@@ -147,7 +151,7 @@ def _open(options: argparse.Namespace) -> Writer:
 
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", MEMORY_SHARE)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    return open_writer(options.source, options.tokenizer_path, options.dtype, options.data, options.plain)
+    return open_writer(options.source, options.tokenizer_path, options.dtype, options.data, options.fsdp, options.plain)
 
 
 # ---- One prompt, a conversation, a file -----------------------------------------------------------------------------

@@ -42,6 +42,8 @@ class Writer:
     devices: list[Any]
     chat: bool
     """Prompts are messages in the tokenizer's chat template."""
+    fsdp: int = 1
+    """Devices that share a copy of the weights."""
 
     def encode(self, prompt: str, name: str, earlier: Sequence[dict[str, str]] = ()) -> list[int]:
         """Token ids of a prompt, called `name` in complaints, after the `earlier` messages of a chat."""
@@ -84,6 +86,7 @@ class Writer:
             exit=settings.exit, policy=settings.policy, budget=settings.budget, warm_start=settings.warm_start,
             drafts=settings.drafts, sampling=settings.sampling, seeds=seeds, stop_tokens=self.stop_tokens,
             on_tokens=on_tokens, tokens_per_call=16 if show is None else 1, devices=self.devices,
+            fsdp=self.fsdp,
         )  # fmt: skip
         for text, result in zip(texts, results, strict=True):
             if len(result.tokens) > len(text.tokens):  # interrupted before they were handed over
@@ -135,6 +138,7 @@ def open_writer(
     tokenizer_path: str | None = None,
     dtype: str | None = None,
     data: int = 1,
+    fsdp: int = 1,
     plain: bool = False,
 ) -> Writer:
     """The model of a source and its tokenizer, ready to write.
@@ -142,17 +146,19 @@ def open_writer(
     Args:
         tokenizer_path: of a source without a tokenizer, or in place of its own.
         dtype: to compute in; the model's own when not given.
-        data: devices that share the rows; -1: all.
+        data: groups of devices that share the rows.
+        fsdp: devices of a group, which share a copy of the weights. One of the two may be -1: all devices.
         plain: prompts are text even where the tokenizer has a chat template.
 
     Raises:
         UserError: something cannot be read, or does not fit.
     """
     import jax
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     from eval_tasks.loading import load_tokenizer
     from jax_huginn.checkpoints.sources import load_for_inference, open_source
+    from jax_huginn.inference.programs import mesh_of
+    from jax_huginn.model.sharding import shardings
     from jax_huginn.parallel.mesh import available_devices
 
     source = open_source(source_name)
@@ -165,12 +171,15 @@ def open_writer(
     if "float64" in (dtype, source.config.model.dtype):
         jax.config.update("jax_enable_x64", True)
     devices = available_devices()
-    require(data <= len(devices), f"--parallel.data {data} is more than the {len(devices)} device(s) here")
-    devices = devices[: data if data > 0 else len(devices)]
-    everywhere = NamedSharding(Mesh(devices, ("data",)), PartitionSpec())
-    model = load_for_inference(source, dtype, lambda target: jax.tree.map(lambda _: everywhere, target))
+    groups = len(devices) // fsdp if data == -1 else data
+    fsdp = len(devices) // groups if fsdp == -1 else fsdp
+    asked = f"--parallel.data {data} and --parallel.fsdp {fsdp}"
+    require(0 < groups * fsdp <= len(devices), f"{asked} do not fit the {len(devices)} device(s) here")
+    devices = devices[: groups * fsdp]
+    mesh = mesh_of(source.config, devices, fsdp)
+    model = load_for_inference(source, dtype, mesh and (lambda target: shardings(target, mesh)))
     chat = bool(tokenizer.chat_template) and not plain
-    return Writer(model, tokenizer, stop_tokens_of(source.path, tokenizer), devices, chat)
+    return Writer(model, tokenizer, stop_tokens_of(source.path, tokenizer), devices, chat, fsdp)
 
 
 def _is_text(text: str) -> bool:

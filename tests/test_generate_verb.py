@@ -139,7 +139,7 @@ def test_an_interrupted_file_and_stream_keep_what_was_made(folder, tmp_path, cap
         (["--prompt", "a", "--cache.policy=mod", "--cache.budget", "0"], "cache.budget=0 must be positive"),
         (["--prompt", "a", "--temprature", "1"], "unknown option --temprature; did you mean --temperature?"),
         (["--prompt", "a", "--temperature", "-1"], "temperature=-1.0 must not be negative"),
-        (["--prompt", "a", "--parallel.data", "64"], "--parallel.data 64 is more than the"),
+        (["--prompt", "a", "--parallel.data", "64"], "--parallel.data 64 and --parallel.fsdp 1 do not fit the"),
         (["--prompt", "a", "--tokenizer_path", "/nowhere"], "--tokenizer_path /nowhere: no such folder"),
         (["--prompt", "a", "--stop", ""], "--stop '' would end every text at once"),
         (["--prompts", "/nowhere.jsonl", "--out", "x.jsonl"], "--prompts /nowhere.jsonl cannot be read"),

@@ -13,19 +13,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from jax_huginn.config.checks import require
 from jax_huginn.inference import cache as caches
 from jax_huginn.inference.batching import Schedule
 from jax_huginn.inference.exits import Exit
-from jax_huginn.inference.programs import BY_ROW, DATA, INPUT_SPECS, Inputs, Rules, compiled, decode, prefill
+from jax_huginn.inference.programs import BY_ROW, DATA, INPUT_SPECS, Inputs, Rules, compiled, decode, mesh_of, prefill
 from jax_huginn.inference.sampling import Sampling
 from jax_huginn.inference.speculation import Drafts, require_exact
 from jax_huginn.inference.thinking import Depth
 from jax_huginn.model import functional, initializers
 from jax_huginn.model.huginn import MoEHuginnModel
-from jax_huginn.parallel.mesh import REPLICATED
+from jax_huginn.model.sharding import shardings
 
 PROMPT_MULTIPLE = 32  # prompts are padded to multiples of it, so that few lengths are compiled
 
@@ -97,6 +97,7 @@ def generate(
     tokens_per_call: int = 16,
     memory_limit: int | None = None,
     devices: Sequence[Any] = (),
+    fsdp: int = 1,
 ) -> tuple[list[Generated], Totals]:
     """Continue every prompt, all in one batch, in which each row thinks at its own pace.
 
@@ -114,7 +115,8 @@ def generate(
         on_tokens: called as (row, new tokens) every `tokens_per_call` tokens of the fastest row; a number ends the row
             after that many of them. Ctrl-C then ends all rows, and what was made is returned.
         memory_limit: bytes that the cache may take on a device; default: what the device has free.
-        devices: rows are spread over them, and each gets a copy of the weights; default: the one that holds the model.
+        devices: rows are spread over groups of `fsdp` of them; default: the one that holds the model.
+        fsdp: each device of a group holds a part of the weights, and the whole cache of the group's rows.
 
     Raises:
         UserError: a prompt that is empty, too long or not of this vocabulary, a cache that does not fit, or drafts with
@@ -131,9 +133,10 @@ def generate(
     if drafts is not None:
         require_exact(drafts, recurrence, exit, policy, warm_start)
         require(limits is None, "speculation needs a fixed depth: leave out limits, or the drafts")
-    mesh = Mesh(np.array(devices), (DATA,)) if len(devices) > 1 else None
-    share = -(-rows // max(len(devices), 1))
-    places = share * max(len(devices), 1)
+    mesh = mesh_of(config, devices, fsdp)
+    groups = 1 if mesh is None else mesh.shape[DATA]
+    share = -(-rows // groups)
+    places = share * groups
     padded = min(-(-max(map(len, prompts)) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE, most)
     room = min(padded + max_new_tokens, most)
     slots = caches.slots_of(policy, budget, recurrence)
@@ -157,7 +160,7 @@ def generate(
     inputs = Inputs(jnp.asarray(lengths), jnp.asarray(row_seeds), real_B, state_LD, jnp.asarray(limit_BN))
     tokens_BS = jnp.asarray(tokens_BS)
     if mesh is not None:
-        params = jax.device_put(params, NamedSharding(mesh, REPLICATED))
+        params = jax.device_put(params, shardings(params, mesh))
         inputs = jax.device_put(inputs, Inputs._make(NamedSharding(mesh, spec) for spec in INPUT_SPECS))
         tokens_BS = jax.device_put(tokens_BS, NamedSharding(mesh, BY_ROW))
 
@@ -222,7 +225,7 @@ def generate(
         accepted=int(made.accepted_B[:rows].sum()),
         prompt_used=prompt_used,
         prompt_computed=prompt_computed,
-        cache_bytes=size * max(len(devices), 1),
+        cache_bytes=size * groups * fsdp,
         compile_seconds=compiling,
         prompt_seconds=prefilling,
         decode_seconds=decoding,

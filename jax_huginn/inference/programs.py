@@ -1,29 +1,33 @@
 """The two compiled programs of generation: one for the prompts with the first new token, one loop for all further ones.
 
-With a mesh of its one axis `DATA` each device runs the program of one device on its share of the rows, without any
-traffic; a device whose rows have finished does not wait for the others.
+With a mesh each group of devices along its axis `data` runs a program of its own on its share of the rows, without any
+traffic between groups; one whose rows have finished does not wait for the others. Within a group every device holds a
+part of the weights, along their width, and XLA's partitioner splits the matmuls and adds up what they give.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jax_huginn.config.checks import require
+from jax_huginn.config.schema import Config
 from jax_huginn.inference import batching, speculation
 from jax_huginn.inference.batching import InFlight, Schedule
 from jax_huginn.inference.sampling import Sampling, choose
 from jax_huginn.inference.speculation import Drafts
 from jax_huginn.inference.thinking import Depth, think_prompts
 from jax_huginn.model.cache import Cache
-from jax_huginn.parallel.mesh import REPLICATED, per_device
+from jax_huginn.parallel.mesh import AXES, REPLICATED
 
-DATA = "data"
+DATA = AXES[0]
 BY_ROW = PartitionSpec(DATA)
 # XLA's Triton matmuls copy a weight whose rows they split unevenly, in every recurrence; cuBLAS does not. Of the 3.5 B
 # shape on an H200, batch 8 at context 256, decoding runs at 233 tokens/s without and at 208 with them.
@@ -41,6 +45,7 @@ class Rules(NamedTuple):
     warm_start: bool
     max_new_tokens: int
     mesh: Mesh | None
+    """Of the axes `parallel.mesh.AXES`; None is one device."""
 
 
 class Inputs(NamedTuple):
@@ -133,7 +138,7 @@ def prefill(graphdef: nnx.GraphDef, rules: Rules, params: Any, inputs: Inputs, t
         return carry, thought.used_B, thought.computed_B
 
     in_specs, out_specs = (REPLICATED, INPUT_SPECS, BY_ROW), (_CARRY_SPECS, BY_ROW, BY_ROW)
-    return _on_each_device(run, rules.mesh, in_specs, out_specs)(params, inputs, tokens_BS)
+    return _in_each_group(run, rules.mesh, in_specs, out_specs)(params, inputs, tokens_BS)
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
@@ -184,7 +189,7 @@ def decode(graphdef: nnx.GraphDef, rules: Rules, params: Any, inputs: Inputs, ca
         return lax.while_loop(unfinished, one_round if rules.drafts is None else one_cycle, carry)
 
     in_specs = (REPLICATED, INPUT_SPECS, _CARRY_SPECS, REPLICATED)
-    return _on_each_device(run, rules.mesh, in_specs, _CARRY_SPECS)(params, inputs, carry, until)
+    return _in_each_group(run, rules.mesh, in_specs, _CARRY_SPECS)(params, inputs, carry, until)
 
 
 def _next_token(
@@ -222,10 +227,31 @@ def _next_token(
     return Carry(made, carry.cache, token_B, rows, seen_BV)
 
 
-def _on_each_device(
+def mesh_of(config: Config, devices: Sequence[Any], fsdp: int) -> Mesh | None:
+    """Groups of `fsdp` devices, each with a copy of the weights; None for one device.
+
+    Raises:
+        UserError: a size that does not fit the devices or the model.
+    """
+    count, width = max(len(devices), 1), config.model.width
+    require(fsdp > 0 and count % fsdp == 0, f"parallel.fsdp={fsdp} does not divide the {count} device(s)")
+    require(width % fsdp == 0, f"model.width={width} must be divisible by parallel.fsdp={fsdp}")
+    if count == 1:
+        return None
+    return Mesh(np.array(devices).reshape(-1, fsdp, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _in_each_group(
     function: Callable[..., Any], mesh: Mesh | None, in_specs: Any, out_specs: Any
 ) -> Callable[..., Any]:
-    return function if mesh is None else per_device(function, mesh, in_specs, out_specs)
+    if mesh is None:
+        return function
+    mapped = jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names={DATA}, check_vma=False
+    )
+    # The devices of a group return the same; without this the partitioner chooses, and the next call must take it.
+    places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), out_specs)
+    return lambda *inputs: lax.with_sharding_constraint(mapped(*inputs), places)
 
 
 @functools.lru_cache(maxsize=32)
