@@ -80,7 +80,7 @@ def test_a_bad_micro_batch_leaves_weights_and_optimiser_as_they_were(make_config
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
 
-def test_a_run_skips_counts_stops_after_a_streak_and_goes_on(make_config, poisonous, tmp_path, monkeypatch, capsys):
+def test_a_run_skips_counts_stops_after_a_streak_and_resumes(make_config, poisonous, tmp_path, monkeypatch, capsys):
     """Bad batches at steps 2, 6, 7 and 8; three in a row end the run, whose last checkpoint is step 4."""
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus/a.txt").write_text("a quick brown fox " * 500)

@@ -219,7 +219,7 @@ def test_streams_without_tokens_are_an_error(tmp_path: Path) -> None:
         next(iter(dataset(files, Pieces(contents))))
 
 
-def test_a_stream_shorter_than_a_row_goes_on_with_its_next_epochs(tmp_path: Path) -> None:
+def test_a_stream_shorter_than_a_row_continues_with_its_next_epochs(tmp_path: Path) -> None:
     files, contents = make_corpus(tmp_path, [5])
     rows = take(iter(dataset(files, Pieces(contents), streams=1, window=4)), 10)
     np.testing.assert_array_equal(rows[:, :-1].reshape(-1), np.arange(10 * S) % 5)

@@ -30,7 +30,7 @@ def test_damaged_inputs_give_our_errors_only(target):
     assert refused > 45  # the damage reaches what it should
 
 
-def test_the_fuzzer_tells_what_is_no_error_of_ours(monkeypatch):
+def test_the_fuzzer_knows_what_is_no_error_of_ours(monkeypatch):
     def traceback(*_):
         raise KeyError("a fault of the program")
 

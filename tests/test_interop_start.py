@@ -14,6 +14,7 @@ from jax_huginn.checkpoints.step_folders import CheckpointError
 from jax_huginn.config.checks import ConfigError, UserError
 from jax_huginn.config.schema import CheckpointConfig, Config, DataConfig
 from jax_huginn.data.tokenizer import save_tokenizer, train_tokenizer
+from jax_huginn.interop.errors import WeightsError
 from jax_huginn.interop.huggingface import read_huggingface, write_huggingface
 from jax_huginn.interop.names import params_of
 from jax_huginn.interop.pth import write_pth
@@ -71,6 +72,19 @@ def test_weights_of_another_shape_are_refused_by_the_first_field_that_differs(so
             open_start(starting(make_config(moe=moe), folder / source))
 
 
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(make_config, tmp_path, bad):
+    model = random_model(small_config(model={"vocab_size": 320}))
+    model.adapter[...] = model.adapter[...].at[3, 5].set(bad)
+    write_pth(model, tmp_path / "model.pth")
+    config = starting(make_config(), tmp_path / "model.pth")
+    start = open_start(config)
+    assert start is not None
+    fresh = jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), abstract_model(config)[1])
+    with pytest.raises(WeightsError, match=r"model\.pth: transformer\.adapter\.weight holds numbers that are not"):
+        load_into(start, fresh)
+
+
 def test_nothing_to_start_from_is_one_line(sources, make_config, tmp_path):
     assert open_start(make_config()) is None
     (tmp_path / "checkpoints").mkdir()
@@ -112,7 +126,7 @@ def test_a_start_brings_its_tokenizer_unless_the_run_names_one(sources, make_con
     assert adopt_tokenizer(start, parquet, tmp_path / "other") is None
 
 
-def test_training_starts_from_weights_and_then_goes_on_from_its_own(make_config, tmp_path, capsys):
+def test_training_starts_from_weights_and_then_resumes_its_own(make_config, tmp_path, capsys):
     smallest = {"vocab_size": 320, "prelude_layers": 0, "core_layers": 1, "coda_layers": 0}  # quick to compile
     config = make_config(model=smallest, moe={"experts": 0})
     model = random_model(config)

@@ -149,7 +149,7 @@ def test_two_processes_train_like_one_and_only_the_first_speaks(preset, two, tmp
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_one_process_goes_on_as_two(preset, two, tmp_path):
+def test_one_process_resumes_as_two(preset, two, tmp_path):
     """Three steps on one device, three more on two processes: the run of two from the start."""
     run_dir = tmp_path / "run"
     [(status, _, err)] = finish([start(preset, run_dir, "--train.steps", "3", "--parallel.fsdp", "1")])

@@ -125,7 +125,7 @@ def test_a_last_save_that_fails_ends_in_one_line_and_the_same_command_mends_it(s
     assert (blocked / "20").is_dir()
 
 
-def test_a_run_stops_before_the_job_s_end_and_tells_no_secret(start, tmp_path):
+def test_a_run_stops_before_the_job_s_end_and_prints_no_secret(start, tmp_path):
     end = int(time.time()) + 60 + 25
     process = start(
         "--train.steps", "1000000", "--checkpoint.save_before_timeout", "1m",

@@ -81,7 +81,7 @@ def test_a_file_damaged_in_the_cache_is_fetched_again(hub: HubServer, tmp_path: 
     ]
 
 
-def test_an_interrupted_download_goes_on_in_the_next_session(hub: HubServer, tmp_path: Path) -> None:
+def test_an_interrupted_download_resumes_in_the_next_session(hub: HubServer, tmp_path: Path) -> None:
     data = build(tmp_path)
     part = tmp_path / "cache" / "owner--rows" / f"{digest(FILES[NAME])}.part"
     part.write_bytes(FILES[NAME][:600])
