@@ -2,8 +2,9 @@
 
     python train_jax.py --config configs/products.py
 
-Hardware: any.
-Expected result: accuracy by recurrences and difficulty as in docs/experiments.md.
+Hardware: any; about 1 min on an H100, compilation and validations included.
+Expected result: in two of three seeds all products of 12 factors are right with 8 recurrences and all of 32 with 24;
+the third stays at 0.53 and at chance.
 """
 
 import dataclasses
