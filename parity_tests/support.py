@@ -264,8 +264,8 @@ def values_of(output: HuginnOutput | TrainingLoss | MoEHuginnOutput, prefix: str
 
 
 def routing_values(routing: moe.Routing | RoutingStatistics) -> dict[str, np.ndarray]:
-    counts = {name: array_of(getattr(routing, name)).astype(np.int64) for name in ("counts_E", "first_choice_E")}
-    names = ("probability_E", "entropy", "balance_loss", "z_loss")
+    counts = {name: array_of(getattr(routing, name)).astype(np.int64) for name in ("counts_QE", "first_choice_E")}
+    names = ("probability_QE", "entropy", "balance_loss", "z_loss")
     return counts | {name: array_of(getattr(routing, name)) for name in names}
 
 

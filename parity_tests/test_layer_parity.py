@@ -143,7 +143,7 @@ def test_router_weights_choices_and_statistics_agree(dtype):
     ours = {"choices": np.asarray(experts, np.int64), "weights": np.asarray(weights), **routing_values(routing)}
     theirs = {"choices": spy.orders[0][:, :2], "weights": spy.weights[0], **routing_values(twin_routing)}
     check(ours, theirs, VALUES[dtype], f"values, {dtype}")
-    assert routing_values(routing)["counts_E"].sum() == 2 * len(x)
+    assert routing_values(routing)["counts_QE"].sum() == 2 * len(x)
 
 
 @each_dtype

@@ -152,7 +152,7 @@ def test_bfloat16_of_a_moe_whose_choices_are_fixed_is_as_near_to_float64_as_torc
     with jax_router_choosing(choice_TA), RouterSpy(choice_TA):
         ours, theirs, exact = distances(kind, "bfloat16", 8, batch)
     rounding_pairs.cache_clear()
-    assert ours["moe.counts_E"].tolist() == theirs["moe.counts_E"].tolist()
+    assert ours["moe.counts_QE"].tolist() == theirs["moe.counts_QE"].tolist()
     check_distances(ours, theirs, exact, row=f"bfloat16 {kind} n+k=8")
 
 

@@ -58,15 +58,15 @@ def train(model: MoEHuginnModel, config: Config, steps: Sequence[Sequence[MicroB
 
 
 def losses(model: MoEHuginnModel, outputs: Sequence[MoEHuginnOutput]) -> list[Tensor]:
-    """The micro-batches' losses, where a MoE at the injection is balanced over the micro-batches so far."""
+    """The micro-batches' losses, every router balanced over the micro-batches so far."""
     found = []
     for number, output in enumerate(outputs):
         assert output.loss is not None
         loss = output.loss
-        if output.moe is not None and model.moe_at_injection:
-            so_far_E = torch.stack([each.moe.counts_E for each in outputs[: number + 1] if each.moe]).sum(0)
-            share_E = so_far_E.to(output.moe.probability_E) / so_far_E.sum()
-            balance = len(so_far_E) * (share_E * output.moe.probability_E).sum()
+        if output.moe is not None:
+            so_far_QE = torch.stack([each.moe.counts_QE for each in outputs[: number + 1] if each.moe]).sum(0)
+            share_QE = so_far_QE.to(output.moe.probability_QE) / so_far_QE.sum(-1, keepdim=True)
+            balance = so_far_QE.shape[1] * (share_QE * output.moe.probability_QE).sum(-1).mean()
             loss = loss + model.config.balance_weight * (balance - output.moe.balance_loss)
         found.append(loss)
     return found

@@ -56,7 +56,7 @@ def test_routing_statistics_count_by_hand():
     assert statistics.balance_loss.item() == pytest.approx(4 * (share * p.mean(0).detach().numpy()).sum(), rel=1e-12)
 
 
-def test_core_placement_averages_over_gradient_iterations_and_blocks():
+def test_core_placement_pools_gradient_iterations_and_averages_blocks():
     model, tokens = perturbed(CORE), batch(CORE)
     calls = []
     for block in model.transformer["core_block"]:
@@ -64,7 +64,12 @@ def test_core_placement_averages_over_gradient_iterations_and_blocks():
     found = model(tokens, num_steps=(2, 3)).moe
     assert len(calls) == (2 + 3) * 2
     counted = calls[4:]
-    assert found.balance_loss.item() == pytest.approx(np.mean([call.balance_loss.item() for call in counted]))
+    for layer in range(2):
+        own = counted[layer::2]
+        assert torch.equal(found.counts_QE[layer], sum(call.counts_E for call in own))
+        assert torch.allclose(found.probability_QE[layer], sum(call.probability_E for call in own) / 3, rtol=1e-12)
+    share_QE = found.counts_QE / found.counts_QE.sum(1, keepdim=True)
+    assert found.balance_loss.item() == pytest.approx(4 * (share_QE * found.probability_QE).sum(1).mean().item())
     assert found.z_loss.item() == pytest.approx(np.mean([call.z_loss.item() for call in counted]))
     assert torch.equal(found.counts_E, sum(call.counts_E for call in counted))
     assert found.counts_E.sum() == 3 * 2 * tokens.numel() * 2

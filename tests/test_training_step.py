@@ -1,7 +1,5 @@
 """The optimiser step: accumulation, clipping, decay, schedule, and what it leaves alone."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,14 +30,15 @@ def rows_of(config, mask=False):
     return rows[:, :-1], labels
 
 
-@pytest.mark.parametrize("mask", [False, True])
-def test_a_step_is_the_mean_gradient_of_its_learnt_tokens_clipped_and_decayed(make_config, mask):
+@pytest.mark.parametrize(("mask", "placement"), [(False, "injection"), (True, "injection"), (False, "core")])
+def test_a_step_is_the_mean_gradient_of_its_learnt_tokens_clipped_and_decayed(make_config, mask, placement):
     """Two micro-batches, each with its own depth and s_0, written out by hand in float64."""
     config = make_config(
-        model=FLOAT64,
+        model=FLOAT64 | ({"core_layers": 2} if placement == "core" else {}),
         train={"micro_batches": 2, "batch_size": 4, "seed": 5},
         optimizer={"warmup_steps": 0, "clip_norm": 0.3, "weight_decay": 0.2, "learning_rate": 0.01},
         data={"source": "generated" if mask else "stdlib"},
+        moe={"placement": placement},
     )
     state = init_state(config)
     tokens, labels = rows_of(config, mask)
@@ -49,22 +48,26 @@ def test_a_step_is_the_mean_gradient_of_its_learnt_tokens_clipped_and_decayed(ma
     new_state, metrics = jax.jit(make_train_step(config))(state, tokens, labels, n_U, k_U)
 
     graphdef, _ = abstract_model(config)
-    gradients, losses, earlier_E = [], [], jnp.zeros(config.moe.experts)
+    gradients, losses, earlier_QE = [], [], 0
     for index in range(2):
         key = jax.random.fold_in(jax.random.key(5), index)
         s_0 = initializers.random_state(key, (2, 64, 32), jnp.dtype("float64"))
         part = slice(2 * index, 2 * index + 2)
 
-        def objective(params, part=part, s_0=s_0, index=index, earlier_E=earlier_E):
+        def objective(params, part=part, s_0=s_0, index=index, earlier_QE=earlier_QE):
             output = nnx.merge(graphdef, params).training_loss(tokens[part], labels[part], n_U[index], k_U[index], s_0)
-            counts_E = earlier_E + output.moe.counts_E  # balanced over the step so far, not within a micro-batch
-            balance = len(counts_E) * jnp.sum(counts_E / counts_E.sum() * output.moe.probability_E)
-            balance -= output.moe.balance_loss
+            counts_QE = earlier_QE + output.moe.counts_QE  # balanced over the step so far, not within a micro-batch
+            assert len(counts_QE) == (1 if placement == "injection" else config.model.core_layers)
+            by_router = [
+                len(counts_E) * jnp.sum(counts_E / counts_E.sum() * probability_E)
+                for counts_E, probability_E in zip(counts_QE, output.moe.probability_QE, strict=True)
+            ]
+            balance = sum(by_router) / len(by_router) - output.moe.balance_loss
             auxiliary = (output.loss - output.log_ppl + config.moe.balance_weight * balance) / 2
-            return auxiliary + output.log_ppl * counted_U[index] / counted_U.sum(), (counts_E, balance)
+            return auxiliary + output.log_ppl * counted_U[index] / counted_U.sum(), (counts_QE, balance)
 
-        (loss, (earlier_E, balance)), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
-        assert (abs(balance) > 1e-4) == (index > 0)
+        (loss, (earlier_QE, balance)), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
+        assert (abs(balance) > 1e-6) == (index > 0)
         gradients.append(gradient)
         losses.append(loss)
     mean = jax.tree.map(lambda a, b: a + b, *gradients)
@@ -139,15 +142,17 @@ def test_training_learns_a_fixed_batch(make_config):
 
 
 def test_routing_metrics_by_hand():
-    routing = dataclasses.replace(
-        Routing.zeros(4, "float32"),
-        counts_E=np.array([6.0, 2.0, 0.0, 0.0]),
+    routing = Routing(
+        counts_QE=np.array([[6.0, 1.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]]),  # of two routers
+        probability_QE=np.array([[0.5, 0.2, 0.2, 0.1], [0.3, 0.4, 0.2, 0.1]]),
         first_choice_E=np.array([3.0, 1.0, 0.0, 0.0]),
-        probability_E=np.array([0.4, 0.3, 0.2, 0.1]),
+        entropy=np.array(0.0),
+        z_loss=np.array(0.0),
         dropped=np.array(2.0),
     )
     record = routing_metrics(routing)
     assert record["expert_counts"] == [6, 2, 0, 0]
+    assert record["load_balance_loss"] == pytest.approx(4 * (6 / 7 * 0.5 + 1 / 7 * 0.2 + 0.4) / 2)
     assert record["expert_utilization"] == 0.5
     assert record["expert_preference"] == [0.75, 0.25, 0, 0]
     assert record["top_expert_usage_pct"] == 75

@@ -180,7 +180,7 @@ def model_config_of(described: Any) -> dict[str, Any]:
     return {renamed.get(name, name): value for name, value in values.items()}
 
 
-def MoEHuginnConfig700M(**fields: Any) -> MoEHuginnConfig:  # noqa: N802  a public name
+def MoEHuginnConfig700M(**fields: Any) -> MoEHuginnConfig:
     """About 0.71 B parameters: 8 routed experts and a shared one, top 2. `fields` replace those of the shape."""
     shape: dict[str, Any] = {
         "name": "moe-huginn-700m",

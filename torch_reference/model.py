@@ -12,7 +12,7 @@ The name of an array ends in its shape, one letter per axis:
     V  vocabulary                 F  MLP hidden width           K  head width
     H  query heads                G  key and value heads        T  tokens, B times S
     E  routed experts             A  experts per token          M  expert hidden width
-    L  positions of a cache
+    L  positions of a cache       Q  routers
 
 "At least float32" is `promote_types(dtype, float32)`, so that the whole model also runs in float64.
 """
@@ -188,10 +188,11 @@ class MoEHuginnModel(nn.Module):
             residual = at_least_float32(s_BSD - last_BSD).norm(dim=-1).mean()
             state_norm = at_least_float32(s_BSD).norm(dim=-1).mean()
         nothing = torch.zeros_like(residual)
+        routers = 1 if self.moe_at_injection else self.config.n_layers_in_recurrent_block
         return output_BSD, MoEHuginnOutput(
             logits=torch.empty(0),
             latents=latents_BSD,
-            moe=summarise(calls, self.config.num_experts, nothing) if self.config.num_experts > 0 else None,
+            moe=summarise(calls, routers, self.config.num_experts, nothing) if self.config.num_experts > 0 else None,
             recurrent_residual=residual,
             state_norm=state_norm,
         )

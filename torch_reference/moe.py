@@ -3,7 +3,7 @@
 The letters of shapes are those of `model.py`.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,14 +15,27 @@ from .layers import at_least_float32
 
 @dataclass
 class RoutingStatistics:
-    """Routing statistics. Over several calls (placement "core") counts are summed and the rest is averaged."""
+    """Routing statistics of Q routers. Over several calls (placement "core") counts are summed, the rest averaged."""
 
-    counts_E: Tensor  # assignments that each expert received
+    counts_QE: Tensor  # assignments that each expert received
+    probability_QE: Tensor  # mean over tokens of the softmax over all experts
     first_choice_E: Tensor  # tokens that each expert was the first choice of
-    probability_E: Tensor  # mean over tokens of the softmax over all experts
     entropy: Tensor  # mean over tokens of that softmax's entropy, in nats
     z_loss: Tensor  # mean squared logsumexp of the logits: the z-loss before its weight
-    balance_loss: Tensor  # E * sum_i f_i P_i, 1 when balanced: the balance loss before its weight
+
+    @property
+    def counts_E(self) -> Tensor:
+        return self.counts_QE.sum(0)
+
+    @property
+    def probability_E(self) -> Tensor:
+        return self.probability_QE.mean(0)
+
+    @property
+    def balance_loss(self) -> Tensor:
+        """E * sum_i f_i P_i, 1 when balanced, averaged over routers: the balance loss before its weight."""
+        share_QE = self.counts_QE.to(self.probability_QE) / self.counts_QE.sum(-1, keepdim=True).clamp(min=1)
+        return self.counts_QE.shape[1] * (share_QE * self.probability_QE).sum(-1).mean()
 
 
 class Expert(nn.Module):
@@ -68,23 +81,25 @@ def routing_statistics(logits_TE: Tensor, chosen_TA: Tensor) -> RoutingStatistic
     """Statistics of one call; gradients flow through the probabilities and the logits, not through the counts."""
     E = logits_TE.shape[1]
     log_p_TE = logits_TE.log_softmax(dim=-1)
-    probability_E = log_p_TE.exp().mean(dim=0)
-    counts_E = torch.bincount(chosen_TA.flatten(), minlength=E)
     return RoutingStatistics(
-        counts_E=counts_E,
+        counts_QE=torch.bincount(chosen_TA.flatten(), minlength=E)[None],
+        probability_QE=log_p_TE.exp().mean(dim=0)[None],
         first_choice_E=torch.bincount(chosen_TA[:, 0], minlength=E),
-        probability_E=probability_E,
         entropy=-(log_p_TE.exp() * log_p_TE).sum(dim=-1).mean(),
         z_loss=logits_TE.logsumexp(dim=-1).square().mean(),
-        balance_loss=E * (counts_E.to(probability_E) / chosen_TA.numel() * probability_E).sum(),
     )
 
 
-def summarise(calls: list[RoutingStatistics], E: int, zero: Tensor) -> RoutingStatistics:
-    """Counts summed and the rest averaged over the calls that count; zeros when there was none."""
+def summarise(calls: list[RoutingStatistics], routers: int, E: int, zero: Tensor) -> RoutingStatistics:
+    """The statistics of routers that were called in turn; zeros when there was no call that counts."""
     if not calls:
-        zero_E = zero.expand(E)
-        return RoutingStatistics(zero_E.long(), zero_E.long(), zero_E, zero, zero, zero)
-    stacked = {f.name: torch.stack([getattr(call, f.name) for call in calls]) for f in fields(RoutingStatistics)}
-    summed = ("counts_E", "first_choice_E")
-    return RoutingStatistics(**{name: x.sum(0) if name in summed else x.mean(0) for name, x in stacked.items()})
+        zero_E, zero_QE = zero.expand(E), zero.expand(routers, E)
+        return RoutingStatistics(zero_QE.long(), zero_QE, zero_E.long(), zero, zero)
+    by_router = [calls[router::routers] for router in range(routers)]
+    return RoutingStatistics(
+        counts_QE=torch.stack([torch.stack([call.counts_E for call in own]).sum(0) for own in by_router]),
+        probability_QE=torch.stack([torch.stack([call.probability_E for call in own]).mean(0) for own in by_router]),
+        first_choice_E=torch.stack([call.first_choice_E for call in calls]).sum(0),
+        entropy=torch.stack([call.entropy for call in calls]).mean(),
+        z_loss=torch.stack([call.z_loss for call in calls]).mean(),
+    )

@@ -86,8 +86,7 @@ class MoEConfig:
     residual: bool = False
     """Add the MoE's output to its input before its norm (placement injection); used to upcycle a dense model."""
     balance_weight: float = 0.01
-    """Weight of the load-balance loss, which is 1 when balanced: over the step's micro-batches so far with placement
-    injection, within each call of a router with placement core."""
+    """Weight of the load-balance loss, which is 1 if every router is balanced over the step's micro-batches so far."""
     z_weight: float = 0.0
     """Weight of the router z-loss, the mean squared logsumexp of the router's logits."""
 

@@ -24,7 +24,7 @@ from jax_huginn.config.schema import (
 )
 
 
-def MoEHuginnConfig700M(**fields: Any) -> Config:  # noqa: N802  (a public name)
+def MoEHuginnConfig700M(**fields: Any) -> Config:
     """The preset `configs/moe_700m.py`: 0.71 B parameters, 8 routed and 1 shared expert.
 
     Args:

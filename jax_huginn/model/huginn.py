@@ -144,16 +144,22 @@ class MoEHuginnModel(nnx.Module):
         return HuginnOutput(logits, hidden.latents_BSD, loss, log_ppl, hidden.routing, hidden.recurrence)
 
     def training_loss(
-        self, tokens_BS: jax.Array, labels_BS: jax.Array, n: Depth, k: Depth, initial_state: jax.Array
+        self,
+        tokens_BS: jax.Array,
+        labels_BS: jax.Array,
+        n: Depth,
+        k: Depth,
+        initial_state: jax.Array,
+        earlier_QE: jax.Array | float = 0.0,
     ) -> TrainingLoss:
-        """The loss at a given depth, without logits.
+        """The loss at a given depth, without logits; `earlier_QE` as in `Routing.balance`.
 
         With a traced k one compilation serves every k from 1 to `recurrence.backprop_depth`; its backward pass
         recomputes whole recurrences, whatever `compute.remat` is. Validation passes a static k of 0.
         """
         model = self.cast()
         hidden = model.hidden(tokens_BS, n, k, initial_state)
-        loss, log_ppl = model.loss(hidden.y_BSD, labels_BS, hidden.routing)
+        loss, log_ppl = model.loss(hidden.y_BSD, labels_BS, hidden.routing, earlier_QE)
         return TrainingLoss(loss, log_ppl, hidden.routing, hidden.recurrence)
 
     def cast(self) -> "MoEHuginnModel":
@@ -265,7 +271,13 @@ class MoEHuginnModel(nnx.Module):
         """The most likely next tokens, (B,S) int32, without materialising the logits."""
         return most_likely(y_BSD, self._whole("wte"), self.config.compute.loss_chunk)
 
-    def loss(self, y_BSD: jax.Array, labels_BS: jax.Array, routing: Routing | None) -> tuple[jax.Array, jax.Array]:
+    def loss(
+        self,
+        y_BSD: jax.Array,
+        labels_BS: jax.Array,
+        routing: Routing | None,
+        earlier_QE: jax.Array | float = 0.0,
+    ) -> tuple[jax.Array, jax.Array]:
         """The loss with its auxiliaries, and log_ppl, over all devices, without materialising the logits."""
         with jax.named_scope("head"):
             mean = jnp.asarray(cross_entropy(y_BSD, self._whole("wte"), labels_BS, self.config.compute.loss_chunk))
@@ -274,7 +286,7 @@ class MoEHuginnModel(nnx.Module):
         if routing is None:
             return log_ppl, log_ppl
         moe = self.config.moe
-        return log_ppl + moe.balance_weight * routing.balance_loss + moe.z_weight * routing.z_loss, log_ppl
+        return log_ppl + moe.balance_weight * routing.balance(earlier_QE) + moe.z_weight * routing.z_loss, log_ppl
 
     # ---- Plumbing ---------------------------------------------------------------------------------------------------
 

@@ -20,53 +20,65 @@ from jax_huginn.parallel.mesh import batch_mean, batch_sum
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """Routing statistics over all devices, for one call or averaged over several."""
+    """Routing statistics over all devices, of one call or of several: of Q routers, one at the injection, or one in
+    each block of the core, where every recurrence is a call."""
 
-    counts_E: jax.Array
+    counts_QE: jax.Array
     """Number of assignments to each expert; summed over calls, not averaged."""
-    first_choice_E: jax.Array
-    """Number of tokens for which this expert had the highest logit; summed over calls."""
-    probability_E: jax.Array
+    probability_QE: jax.Array
     """P, the mean over tokens of the full softmax."""
+    first_choice_E: jax.Array
+    """Number of tokens for which this expert had the highest logit; summed over calls and routers."""
     entropy: jax.Array
     """Mean over tokens of the entropy of the full softmax, nats."""
-    balance_loss: jax.Array
-    """E * sum_i f_i P_i, with f the shares of assignments; 1 when balanced."""
     z_loss: jax.Array
     """Mean over tokens of the squared logsumexp of the logits."""
     dropped: jax.Array
-    """Number of assignments dropped by a dispatch of limited capacity; summed over calls."""
+    """Number of assignments dropped by a dispatch of limited capacity; summed over calls and routers."""
 
-    @classmethod
-    def zeros(cls, experts: int, dtype: jax.typing.DTypeLike) -> Routing:
-        vector, scalar = jnp.zeros(experts, dtype), jnp.zeros((), dtype)
-        return cls(vector, vector, vector, scalar, scalar, scalar, scalar)
+    @property
+    def counts_E(self) -> jax.Array:
+        return self.counts_QE.sum(axis=0)
+
+    @property
+    def probability_E(self) -> jax.Array:
+        return self.probability_QE.mean(axis=0)
+
+    @property
+    def balance_loss(self) -> jax.Array:
+        return self.balance()
+
+    def balance(self, earlier_QE: jax.Array | float = 0.0) -> jax.Array:
+        """E * sum_i f_i P_i, averaged over routers; 1 when balanced.
+
+        f, the shares of a router's assignments, includes `earlier_QE`, those of calls that this record lacks. Gradients
+        flow through P alone.
+        """
+        counts_QE = self.counts_QE + earlier_QE
+        share_QE = counts_QE / counts_QE.sum(axis=-1, keepdims=True).clip(min=1)
+        return counts_QE.shape[-1] * (share_QE * self.probability_QE).sum(axis=-1).mean()
 
     @classmethod
     def combine(cls, parts: list[Routing]) -> Routing:
-        """Several calls as one record: counts are summed, means and losses averaged."""
-        return cls.total(jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts))
+        """The record of several routers, one call each."""
+        whole = cls.total(jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts))
+        return dataclasses.replace(
+            whole,
+            counts_QE=jnp.concatenate([part.counts_QE for part in parts]),
+            probability_QE=jnp.concatenate([part.probability_QE for part in parts]),
+        )
 
     @classmethod
     def total(cls, stacked: Routing) -> Routing:
-        """`combine` for records stacked along a leading axis."""
+        """The record of several calls, from their records stacked along a leading axis."""
         return jax.tree.map(lambda leaf: leaf.sum(axis=0), stacked).averaged(stacked.entropy.shape[0])
 
-    def with_earlier(self, earlier_E: jax.Array) -> Routing:
-        """The record of one call whose balance loss takes f from earlier calls' assignments too; P stays its own."""
-        return dataclasses.replace(self, balance_loss=balance_loss(self.counts_E + earlier_E, self.probability_E))
-
     def averaged(self, calls: int | jax.Array) -> Routing:
-        """The combined record of `calls` calls, from the sum of their records."""
+        """The record of `calls` calls, from the sum of their records: counts are summed, the rest is averaged."""
         means = jax.tree.map(lambda leaf: leaf / calls, self)
         return dataclasses.replace(
-            means, counts_E=self.counts_E, first_choice_E=self.first_choice_E, dropped=self.dropped
+            means, counts_QE=self.counts_QE, first_choice_E=self.first_choice_E, dropped=self.dropped
         )
-
-
-def balance_loss(counts_E: jax.Array, probability_E: jax.Array) -> jax.Array:
-    """E * sum_i f_i P_i, with f the shares of the assignments; gradients flow through P alone."""
-    return len(counts_E) * jnp.sum(counts_E / counts_E.sum() * probability_E)
 
 
 def route(x_TD: jax.Array, router_DE: jax.Array, active: int) -> tuple[jax.Array, jax.Array, Routing]:
@@ -83,14 +95,11 @@ def route(x_TD: jax.Array, router_DE: jax.Array, active: int) -> tuple[jax.Array
     log_normalizer_T1 = jax.nn.logsumexp(logits_TE, axis=-1, keepdims=True)
     log_probability_TE = logits_TE - log_normalizer_T1
     probability_TE = jnp.exp(log_probability_TE)
-    counts_E = batch_sum(jax.nn.one_hot(experts_TA, experts, dtype=dtype).sum(axis=(0, 1)))
-    probability_E = batch_mean(probability_TE.mean(axis=0))
     routing = Routing(
-        counts_E=counts_E,
+        counts_QE=batch_sum(jax.nn.one_hot(experts_TA, experts, dtype=dtype).sum(axis=(0, 1)))[None],
+        probability_QE=batch_mean(probability_TE.mean(axis=0))[None],
         first_choice_E=batch_sum(jax.nn.one_hot(experts_TA[:, 0], experts, dtype=dtype).sum(axis=0)),
-        probability_E=probability_E,
         entropy=batch_mean(-(probability_TE * log_probability_TE).sum(axis=-1).mean()),
-        balance_loss=balance_loss(counts_E, probability_E),
         z_loss=batch_mean(jnp.mean(log_normalizer_T1**2)),
         dropped=jnp.zeros((), dtype),
     )

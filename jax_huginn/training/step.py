@@ -106,8 +106,8 @@ def make_gradient(config: Config) -> Callable[..., tuple[Any, TrainingLoss, jax.
     micro-batch has its own s_0, drawn from (seed, index, row) for this device's rows. Each micro-batch's log_ppl is
     multiplied by its `weight_U`, unless that is None.
 
-    The balance loss of a MoE at the injection takes f from this step's micro-batches so far, the present one included:
-    balance within every few sequences would keep experts from specialising.
+    The balance loss of a router takes f from all its calls in this step's micro-batches so far, the present one
+    included: balance within every few sequences, or within every recurrence, would keep experts from specialising.
 
     One compilation serves every depth. Unless `compute.remat` is full, the program contains two gradient paths: an
     unrolled one for the usual k, whose residuals need no stacked buffers, and a loop for the rarer smaller k
@@ -118,16 +118,12 @@ def make_gradient(config: Config) -> Callable[..., tuple[Any, TrainingLoss, jax.
     state_key = jax.random.key(config.train.seed)
     usual_k = config.recurrence.gradient_steps
 
-    def loss(params: Any, tokens_BS, labels_BS, n, k, index, weight, earlier_E) -> tuple[jax.Array, TrainingLoss]:
+    def loss(params: Any, tokens_BS, labels_BS, n, k, index, weight, earlier_QE) -> tuple[jax.Array, TrainingLoss]:
         shape = (*tokens_BS.shape, config.model.width)
         key = jax.random.fold_in(state_key, index)
         first_row = device_index() * tokens_BS.shape[0]
         initial_state = initializers.random_state(key, shape, jnp.dtype(config.model.dtype), first_row)
-        output = nnx.merge(graphdef, params).training_loss(tokens_BS, labels_BS, n, k, initial_state)
-        if earlier_E is not None and output.moe is not None:
-            moe = output.moe.with_earlier(earlier_E)
-            difference = config.moe.balance_weight * (moe.balance_loss - output.moe.balance_loss)
-            output = dataclasses.replace(output, moe=moe, loss=output.loss + difference)
+        output = nnx.merge(graphdef, params).training_loss(tokens_BS, labels_BS, n, k, initial_state, earlier_QE)
         if weight is not None:
             log_ppl = weight * output.log_ppl
             output = dataclasses.replace(output, log_ppl=log_ppl, loss=output.loss - output.log_ppl + log_ppl)
@@ -150,25 +146,25 @@ def make_gradient(config: Config) -> Callable[..., tuple[Any, TrainingLoss, jax.
     ) -> tuple[Any, TrainingLoss, jax.Array]:
         inputs_U = tokens_UBS, labels_UBS, n_U, k_U, index_U, weight_U
         if micro_batches == 1:  # no accumulator in memory; the step itself checks the norm
-            gradients, output = gradient(params, *jax.tree.map(lambda x: x[0], inputs_U), None)
+            gradients, output = gradient(params, *jax.tree.map(lambda x: x[0], inputs_U), 0.0)
             outputs = jax.tree.map(lambda x: x[None], output)
             finite_U = jnp.isfinite(outputs.loss)
         else:
 
             def micro_step(carry, inputs):
-                total, earlier_E = carry
-                gradients, output = gradient(params, *inputs, earlier_E)
+                total, earlier_QE = carry
+                gradients, output = gradient(params, *inputs, earlier_QE)
                 bad = ~jnp.isfinite(optax.tree.norm(gradients))  # finite only if all elements are
                 finite = jnp.isfinite(output.loss) & (batch_sum(bad.astype(jnp.int32)) == 0)
                 total = jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, gradients)
-                if earlier_E is not None and output.moe is not None:
-                    earlier_E += output.moe.counts_E
-                return (total, earlier_E), (output, finite)
+                if output.moe is not None:
+                    earlier_QE += output.moe.counts_QE
+                return (total, earlier_QE), (output, finite)
 
             zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, config.model.param_dtype), params)
-            pooled = config.moe.experts > 0 and config.moe.placement == "injection"
-            none_E = jnp.zeros(config.moe.experts, at_least_float32(config.model.dtype)) if pooled else None
-            (gradients, _), (outputs, finite_U) = lax.scan(micro_step, (zeros, none_E), inputs_U)
+            routers = 1 if config.moe.placement == "injection" else config.model.core_layers
+            none_QE = jnp.zeros((routers, config.moe.experts), at_least_float32(config.model.dtype))
+            (gradients, _), (outputs, finite_U) = lax.scan(micro_step, (zeros, none_QE), inputs_U)
         gradients = jax.tree.map(lambda g: g.astype(config.model.param_dtype), gradients)
         return summed_gradients(gradients), outputs, finite_U
 
