@@ -36,6 +36,10 @@ class Opened:
     """The files by which its weights are known."""
     exits: Sequence[Exiting] = ()
     """The same model with exits, evaluated in place of `model` at fixed depths."""
+    policy: str = "full"
+    """Of the cache that generation reads."""
+    budget: int = 0
+    """Of a policy that has one."""
 
 
 def identify(opened: Opened) -> dict[str, Any]:
@@ -45,6 +49,7 @@ def identify(opened: Opened) -> dict[str, Any]:
         "weights_sha256": sha256_of(opened.files),
         "tokenizer_sha256": _digest_of_tokenizer(opened.tokenizer),
         "dtype": model.dtype,
+        "cache": {"policy": opened.policy, "budget": opened.budget},
         "device": model.device,
         "commit": _commit(),
         "versions": {

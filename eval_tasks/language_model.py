@@ -27,6 +27,18 @@ class Score:
     """The same with those that were computed for tokens that had exited already."""
 
 
+@dataclass(frozen=True)
+class Written:
+    """What the model wrote after one prompt."""
+
+    tokens: list[int]
+    """New tokens only."""
+    used: float | None = None
+    """Recurrences of the prompt's tokens and of these, its share of the batch's; None where each had the set depth."""
+    computed: float | None = None
+    """The same with those that were computed for tokens that had exited already, and for padding."""
+
+
 class LanguageModel(Protocol):
     """A model that is loaded. No row of a batch influences another."""
 
@@ -49,8 +61,8 @@ class LanguageModel(Protocol):
         max_new_tokens: Sequence[int],
         recurrence: int,
         finished: Callable[[int, list[int]], bool],
-    ) -> list[list[int]]:
-        """New tokens of every prompt, chosen greedily, at most its `max_new_tokens`.
+    ) -> list[Written]:
+        """New tokens after every prompt, chosen greedily, at most its `max_new_tokens`.
 
         A row ends once `finished(row, its new tokens)` holds; its last token is included.
         """

@@ -45,8 +45,8 @@ class HuginnLM(TemplateLM):
         self.cache = cache or AnswerCache(None, {})
         self.notes: Counter[str] = Counter()
         """What was shortened to fit the model, and how often."""
-        self.steps: Counter[str] = Counter()
-        """If tokens exit: tokens read, and recurrences used and computed for them."""
+        self.steps = dict.fromkeys(("tokens", "used", "computed"), 0.0)
+        """Of a model whose tokens exit: tokens read and written, recurrences used and computed for them."""
 
     @property
     def eot_token_id(self) -> int:
@@ -146,7 +146,7 @@ class HuginnLM(TemplateLM):
         progress.close()
         for tokens, score in read.items():
             if score.used is not None and score.computed is not None:
-                self.steps.update(tokens=len(tokens), used=score.used, computed=score.computed)
+                self._count(len(tokens), score.used, score.computed)
         return [scores[index] for index in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -178,8 +178,8 @@ class HuginnLM(TemplateLM):
         stops = [[stop for stop in option["until"] if stop] for option in options]
 
         keys = [["text", *each] for each in zip(prompts, limits, stops, strict=True)]
-        texts = {index: text for index, key in enumerate(keys) if (text := self.cache.get(key)) is not None}
-        order = sorted(set(range(len(requests))) - texts.keys(), key=lambda index: (-len(prompts[index]), index))
+        answers = {index: known for index, key in enumerate(keys) if (known := self.cache.get(key)) is not None}
+        order = sorted(set(range(len(requests))) - answers.keys(), key=lambda index: (-len(prompts[index]), index))
         progress = Progress("generating", len(order))
         for batch in _batches(order, self.batch_size):
 
@@ -190,13 +190,21 @@ class HuginnLM(TemplateLM):
             rows = self.model.generate(
                 [prompts[index] for index in batch], [limits[index] for index in batch], self.recurrence, finished
             )
-            for index, new in zip(batch, rows, strict=True):
-                texts[index] = self._decode(new, stops[index])
-                self.cache.put(keys[index], texts[index])
+            for index, row in zip(batch, rows, strict=True):
+                answers[index] = [self._decode(row.tokens, stops[index])]
+                if row.used is not None:  # the last new token is never read
+                    answers[index] += [len(prompts[index]) + len(row.tokens) - 1, row.used, row.computed]
+                self.cache.put(keys[index], answers[index])
             self.cache.flush()
             progress.update(len(batch))
         progress.close()
-        return [texts[index] for index in range(len(requests))]
+        for _, *steps in answers.values():
+            self._count(*steps)
+        return [answers[index][0] for index in range(len(requests))]
+
+    def _count(self, tokens: int = 0, used: float = 0, computed: float = 0) -> None:
+        for kind, number in zip(self.steps, (tokens, used, computed), strict=True):
+            self.steps[kind] += number
 
     def _limit(self, prompt: list[int], wanted: int) -> int:
         room = self.model.max_length - len(prompt)

@@ -39,6 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--num_fewshot", type=int, metavar="N", help="examples before every question (the task's own number)")
     add("--dtype", choices=("bfloat16", "float32", "float64"), help="type to compute in; the model's own if not given")
     add("--output", type=Path, metavar="FILE", help="also write the results to FILE, as JSON")
+    add("--log_samples", action="store_true", help="with --output: also write every question and answer, beside FILE")
     add("--use_cache", type=Path, metavar="DIR", help="keep answers in DIR, so that a killed evaluation resumes")
     add("--include_path", type=Path, metavar="DIR", help="folder of more task files")
     add("--gen_kwargs", metavar="JSON", help="generation settings that replace the tasks' own, a JSON object")
@@ -67,8 +68,12 @@ def check(options: argparse.Namespace) -> None:
     if options.fewshot_as_multiturn and not options.apply_chat_template:
         raise UserError("--fewshot_as_multiturn needs --apply_chat_template")
     options.gen_kwargs = _json_object("--gen_kwargs", options.gen_kwargs)
+    if options.log_samples and options.output is None:
+        raise UserError("--log_samples needs --output FILE, beside which they are written")
     if options.output is not None:
-        _require_writable(options.output)
+        unfinished = _is_unfinished(options.output)
+        for file in (options.output, *([samples_file(options.output)] if options.log_samples else [])):
+            _require_writable(file, unfinished)
 
 
 def _json_object(option: str, text: str | None) -> dict[str, Any]:
@@ -81,7 +86,20 @@ def _json_object(option: str, text: str | None) -> dict[str, Any]:
     return values
 
 
-def _require_writable(output: Path) -> None:
+def samples_file(output: Path) -> Path:
+    """Where `--log_samples` writes: an object for every document, task and depth, one a line."""
+    return output.with_name(output.name.removesuffix(".json") + ".samples.jsonl")
+
+
+def _is_unfinished(output: Path) -> bool:
+    """Whether the file is what an evaluation left that was killed, so that the same command may replace it."""
+    try:
+        return json.loads(output.read_text(encoding="utf-8")).get("finished") is False
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
+
+
+def _require_writable(output: Path, replaceable: bool) -> None:
     """A file of that name can be made: found out now, not after the hours of an evaluation."""
     if not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.parent}")
@@ -89,6 +107,8 @@ def _require_writable(output: Path) -> None:
         output.open("x").close()
         output.unlink()
     except FileExistsError:
+        if replaceable:
+            return
         raise UserError(f"--output {output} exists already, and is not overwritten") from None
     except OSError as error:
         raise UserError(f"--output {output} cannot be written: {error.strerror}") from None

@@ -21,7 +21,7 @@ from eval_tasks.errors import cluster_errors
 from eval_tasks.identity import identify
 from eval_tasks.language_model import LanguageModel
 from eval_tasks.loading import FEWSHOT_SEED, first_line, load_task, load_task_manager, missing_package
-from eval_tasks.options import Parser, add_options, check
+from eval_tasks.options import Parser, add_options, check, samples_file
 from jax_huginn.config.checks import UserError
 from jax_huginn.files import whole_file
 
@@ -76,12 +76,17 @@ def _evaluate_all(program: str, opened: "Opened", manager: Any, options: argpars
     from eval_tasks.lm import HuginnLM
 
     identity = identify(opened)
+    samples = None
+    if options.log_samples:
+        samples = samples_file(options.output)
+        samples.write_text("", encoding="utf-8")
     settings = _settings(opened, options.recurrence)
     report: dict[str, Any] = {
         "source": str(opened.source),
         **identity,
         "chat_template": opened.tokenizer.chat_template if options.apply_chat_template else None,
         "fewshot_seed": FEWSHOT_SEED,
+        "finished": False,
         "options": {name: value for name, value in vars(options).items() if name not in ("output", "use_cache")},
         "results": {setting.name: {} for setting in settings},
         "executed_steps": {setting.name: {} if setting.exit else setting.recurrence for setting in settings},
@@ -98,7 +103,9 @@ def _evaluate_all(program: str, opened: "Opened", manager: Any, options: argpars
             for name in options.tasks:
                 title = name if len(settings) == 1 else f"{name} at {setting.title}"
                 try:
-                    _evaluate_task(name, title, setting, lm, manager, options, report)
+                    found = _evaluate_task(name, title, setting, lm, manager, options, report)
+                    if samples is not None:
+                        _append(program, samples, setting.name, found)
                 except UserError as error:
                     report["failed"][title] = str(error)
                     print(f"{program}: error: {title} did not run: {error}", file=sys.stderr)
@@ -111,6 +118,9 @@ def _evaluate_all(program: str, opened: "Opened", manager: Any, options: argpars
                 lm.notes.clear()
                 if options.output is not None:  # after every task, so that a crash or a kill keeps what is done
                     _write(program, options.output, report)
+    report["finished"] = True
+    if options.output is not None:
+        _write(program, options.output, report)
     return 1 if report["failed"] else 0
 
 
@@ -157,18 +167,22 @@ def _evaluate_task(
     manager: Any,
     options: argparse.Namespace,
     report: dict[str, Any],
-) -> None:
-    """Print lm-eval's table of one task or group and add its results to the report; raises UserError as above."""
+) -> dict[str, list[dict[str, Any]]]:
+    """Print lm-eval's table of one task or group and add its results to the report; raises UserError as above.
+
+    Returns: of every task, lm-eval's record of each document where `--log_samples` asks for them.
+    """
     from lm_eval.evaluator import evaluate
     from lm_eval.utils import make_table
 
     os.environ["DISABLE_MULTIPROC"] = "1"  # so few resamples are not worth lm-eval's pool of processes
     loaded = load_task(name, manager, options)
     clusters = {task: (each.config.metadata or {}).get("cluster") for task, each in loaded["tasks"].items()}
-    lm.steps.clear()
+    lm.steps = dict.fromkeys(lm.steps, 0.0)
+    log_samples = options.log_samples or any(clusters.values())
     try:
         results: Any = evaluate(
-            lm, loaded, limit=options.limit, bootstrap_iters=BOOTSTRAPS, log_samples=any(clusters.values()),
+            lm, loaded, limit=options.limit, bootstrap_iters=BOOTSTRAPS, log_samples=log_samples,
             system_instruction=options.system_instruction, apply_chat_template=options.apply_chat_template,
             fewshot_as_multiturn=options.fewshot_as_multiturn, confirm_run_unsafe_code=options.confirm_run_unsafe_code,
         )  # fmt: skip
@@ -189,6 +203,18 @@ def _evaluate_task(
     report["results"][setting.name].update(results["results"])
     report["n_samples"].update(results["n-samples"])
     report["task_versions"].update(results["versions"])
+    return results["samples"] if options.log_samples else {}
+
+
+def _append(program: str, file: Path, depth: str, samples: dict[str, list[dict[str, Any]]]) -> None:
+    try:
+        with file.open("a", encoding="utf-8") as out:
+            for task, documents in samples.items():
+                for each in documents:
+                    line = {"task": task, "depth": depth, **_json(each)}
+                    out.write(json.dumps(line, default=str, allow_nan=False) + "\n")
+    except OSError as error:
+        print(f"{program}: error: --log_samples {file} cannot be written: {error.strerror}", file=sys.stderr)
 
 
 def _write(program: str, output: Path, report: dict[str, Any]) -> None:

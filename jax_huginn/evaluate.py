@@ -37,6 +37,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--exit_entropy", type=float, metavar="H", help="largest entropy at which kl-entropy exits, nats (0.3)")
     add("--exit_every", type=int, metavar="M", help="test at every M-th recurrence (1)")
     add("--min_steps", type=int, metavar="N", help="recurrences before which no token exits (1)")
+    add("--cache.policy", dest="policy", default="full", metavar="POLICY",
+        help="in tasks that generate: recurrences with own keys and values. full: all. mod: --cache.budget. "
+        "last: one (full)")  # fmt: skip
+    add("--cache.budget", dest="budget", type=int, default=0, metavar="SLOTS", help="with --cache.policy mod")
+    add("--parallel.data", dest="data", type=int, default=1, metavar="N",
+        help="devices over which the sequences are spread; -1: all (1)")  # fmt: skip
 
 
 def open_model(options: argparse.Namespace) -> Opened:
@@ -45,9 +51,13 @@ def open_model(options: argparse.Namespace) -> Opened:
 
     from jax_huginn.checkpoints.digest import files_of_weights
     from jax_huginn.checkpoints.sources import load_for_inference, open_source
+    from jax_huginn.inference.cache import slots_of
     from jax_huginn.inference.evaluation import JaxLanguageModel
+    from jax_huginn.parallel.mesh import first_devices, replicated_on
 
     rules = exits_of(options)
+    slots_of(options.policy, options.budget, 1)
+    devices = first_devices(options.data)
     source = open_source(options.source)
     tokenizer = options.tokenizer_path or source.tokenizer
     if tokenizer is None:
@@ -55,9 +65,11 @@ def open_model(options: argparse.Namespace) -> Opened:
     loaded = load_tokenizer(str(tokenizer), "--tokenizer_path")
     if "float64" in (options.dtype, source.config.model.dtype):
         jax.config.update("jax_enable_x64", True)
-    model = JaxLanguageModel(load_for_inference(source, options.dtype))
+    weights = load_for_inference(source, options.dtype, replicated_on(devices))
+    model = JaxLanguageModel(weights, None, options.policy, options.budget, devices)
     exits = [Exiting(name, model.exiting(rule), dataclasses.asdict(rule)) for name, rule in rules.items()]
-    return Opened(model, loaded, source.path, [*files_of_weights(source.path)], exits)
+    files = [*files_of_weights(source.path)]
+    return Opened(model, loaded, source.path, files, exits, options.policy, options.budget)
 
 
 def exits_of(options: argparse.Namespace) -> dict[str, Exit]:

@@ -12,9 +12,9 @@ from eval_tasks.lm import HuginnLM
 from jax_huginn import evaluate
 from jax_huginn.checkpoints.sources import load_for_inference, open_source
 from jax_huginn.config.checks import UserError
-from jax_huginn.inference import Exit
+from jax_huginn.inference import Exit, generate
 from jax_huginn.inference.evaluation import JaxLanguageModel
-from tests.evaluation_support import BOS, CONFIG, lively_model, make_tokenizer
+from tests.evaluation_support import BOS, CONFIG, EOS, lively_model, make_tokenizer
 from torch_reference import quick_checkpoint_eval, save_checkpoint
 from torch_reference.evaluation import TorchLanguageModel
 
@@ -132,6 +132,8 @@ def test_both_commands_take_the_same_flags_and_write_the_same_results(models, tm
         (["{folder}/model.pth", "--exit", "kl", "--exit_threshold", "small"], "--exit_threshold small: not a number"),
         (["{folder}/model.pth", "--min_steps", "4"], "--min_steps need --exit NAME"),
         (["{folder}/model.pth", "--tokenizer_path", "/absent"], "--tokenizer_path /absent: no such folder"),
+        (["{folder}/model.pth", "--cache.policy", "mod"], "cache.budget=0 must be positive with cache.policy=mod"),
+        (["{folder}/model.pth", "--parallel.data", "99"], "--parallel.data 99 is more than the"),
     ],
 )
 def test_a_mistake_is_one_line(models, capsys, arguments, message):
@@ -170,10 +172,32 @@ def test_the_command_scores_with_exits(models, tmp_path):
         assert again[key] == found[key]
 
 
-def test_a_task_that_generates_is_refused_with_exits(models):
-    lm = HuginnLM(models.jax.exiting(Exit("kl")), make_tokenizer(), 4, 2)
-    with pytest.raises(UserError, match="with --exit only likelihoods are scored"):
-        lm.generate_until(requests(("abc", {"until": []})))
+def test_a_task_that_generates_does_so_with_exits(models, tmp_path):
+    """By the engine of `generate`, which has tests of its own; what is resumed costs what it cost at first."""
+    rule, most = Exit("latent-diff", 0.5), 9
+    asked = requests(*((text, {"until": ["e"], "max_gen_toks": 5}) for text in ("abc", "a longer prompt", "z")))
+    texts, steps = [], []
+    for _ in range(2):
+        lm = HuginnLM(models.jax.exiting(rule), make_tokenizer(), most, 2, AnswerCache(tmp_path, {}))
+        texts.append(lm.generate_until(asked))
+        steps.append(lm.steps)
+    assert texts[0] == texts[1]
+    assert steps[0] == pytest.approx(steps[1])
+    for request, text in zip(asked, texts[0], strict=True):
+        prompt = lm._with_bos(lm.tok_encode(request.args[0]))
+        ((found,), _) = generate(models.jax._model, [prompt], max_new_tokens=32, recurrence=most, exit=rule)
+        new = found.tokens[: 1 + next((i for i, token in enumerate(found.tokens) if token == EOS), 4)][:5]
+        assert text == lm._decode(new, ["e"])
+    assert 2 < steps[0]["used"] / steps[0]["tokens"] < steps[0]["computed"] / steps[0]["tokens"]
+    assert sum(map(len, texts[0])) + len("abca longer promptz") <= steps[0]["tokens"] <= 15 + 19
+
+
+def test_a_cache_that_keeps_less_writes_another_text_and_scores_nothing(models):
+    lm = HuginnLM(JaxLanguageModel(models.jax._model, None, "last"), make_tokenizer(), 5, 2)
+    asked = requests(("a longer prompt", {"until": [], "max_gen_toks": 20}))
+    assert lm.generate_until(asked) != lms(models, 2)[0].generate_until(asked)
+    with pytest.raises(UserError, match=r"--cache\.policy last is for tasks that generate"):
+        lm.loglikelihood(requests(("a", "b")))
 
 
 # ---- The cache of answers ---------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from eval_tasks.language_model import Written
 from eval_tasks.lm import HuginnLM
 from eval_tasks.progress import Progress
 from jax_huginn.config.checks import UserError
@@ -159,7 +160,7 @@ def test_a_stop_string_may_be_a_special_token(model, monkeypatch):
 
     def generate(prompts, limits, recurrence, finished):
         return [
-            next((new[:n] for n in range(1, len(new)) if finished(row, new[:n])), new)
+            Written(next((new[:n] for n in range(1, len(new)) if finished(row, new[:n])), new))
             for row, new in enumerate(written[: len(prompts)])
         ]
 

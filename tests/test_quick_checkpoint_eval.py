@@ -58,7 +58,9 @@ def refusal(capsys, given: list[str]) -> str:
 
 def test_command_prints_the_table_and_writes_json(files, capsys, tmp_path):
     tasks = "stdlib_perplexity, stdlib_continuation"
-    assert main(arguments(files, "--limit=3", "--output", str(tmp_path / "results.json"), tasks=tasks)) == 0
+    given = arguments(files, "--limit=3", "--output", str(tmp_path / "results.json"), "--log_samples", tasks=tasks)
+    (tmp_path / "results.json").write_text('{"finished": false}')  # as of an evaluation that was killed
+    assert main(given) == 0
     out, _ = capsys.readouterr()
     assert "|stdlib_perplexity|" in out
     assert "|stdlib_continuation|" in out
@@ -71,7 +73,14 @@ def test_command_prints_the_table_and_writes_json(files, capsys, tmp_path):
     asked = results["n_samples"]["stdlib_continuation"]
     assert asked["original"] > 300
     assert asked["effective"] == 3
-    assert os.listdir(tmp_path) == ["results.json"]
+    assert sorted(os.listdir(tmp_path)) == ["results.json", "results.samples.jsonl"]
+    samples = [json.loads(line) for line in (tmp_path / "results.samples.jsonl").read_text().splitlines()]
+    assert [(each["task"], each["depth"], each["doc_id"]) for each in samples] == [
+        (task, "2", number) for task in tasks.split(", ") for number in range(3)
+    ]
+    accuracy = [each["acc"] for each in samples if each["task"] == "stdlib_continuation"]
+    assert sum(accuracy) / 3 == pytest.approx(results["results"]["2"]["stdlib_continuation"]["acc,none"])
+    assert "results.json exists already" in refusal(capsys, given)
 
 
 def test_dashes_work_as_underscores(files, capsys):
@@ -110,6 +119,7 @@ def test_mistakes_seen_before_anything_is_loaded(files, capsys, tmp_path):
         (["--output", str(tmp_path / "no" / "r.json")], "there is no folder"),
         (["--output", str(tmp_path / ("r" * 256))], "cannot be written: File name too long"),
         (["--output", "/proc/r.json"], "cannot be written"),
+        (["--log_samples"], "--log_samples needs --output FILE"),
         (["--include_path", str(tmp_path / "no")], "no such folder"),
         (["--gen_kwargs", "[1]"], "not a JSON object"),
         (["--fewshot_as_multiturn"], "needs --apply_chat_template"),

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from eval_tasks.language_model import Reading, Score
+from eval_tasks.language_model import Reading, Score, Written
 
 from .cache import Cache
 from .generate import greedy
@@ -57,5 +57,6 @@ class TorchLanguageModel:
         max_new_tokens: Sequence[int],
         recurrence: int,
         finished: Callable[[int, list[int]], bool],
-    ) -> list[list[int]]:
-        return greedy(self.model, prompts, (recurrence, 0), max_new_tokens, finished)
+    ) -> list[Written]:
+        rows = greedy(self.model, prompts, (recurrence, 0), max_new_tokens, finished)
+        return [Written(row) for row in rows]

@@ -47,6 +47,20 @@ def available_devices() -> list[Any]:
         ) from None
 
 
+def first_devices(count: int) -> list[Any]:
+    """As many devices as `--parallel.data` asks for; -1: all. Raises ConfigError where there are fewer."""
+    devices = available_devices()
+    require(count > 0 or count == -1, f"--parallel.data {count} must be positive, or -1 for all")
+    require(count <= len(devices), f"--parallel.data {count} is more than the {len(devices)} device(s) here")
+    return devices[: count if count > 0 else len(devices)]
+
+
+def replicated_on(devices: Sequence[Any]) -> Callable[[Any], Any]:
+    """From a tree of arrays to shardings by which each of the devices holds all of it."""
+    everywhere = NamedSharding(Mesh(np.array(devices), ("data",)), REPLICATED)
+    return lambda tree: jax.tree.map(lambda _: everywhere, tree)
+
+
 def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh that `config.parallel` asks for, over all devices of all processes unless some are given.
 

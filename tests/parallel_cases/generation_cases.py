@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from eval_tasks.language_model import Reading
 from jax_huginn.config.checks import UserError
 from jax_huginn.inference import Drafts, Exit, Sampling, Schedule, generate, programs
+from jax_huginn.inference.evaluation import JaxLanguageModel
 from jax_huginn.model import functional
 from jax_huginn.model.sharding import shardings
 from tests.generation_support import model_of, prompts_of
@@ -55,3 +57,14 @@ def test_devices_that_weights_cannot_be_spread_over_are_refused():
     for count, fsdp, words in [(8, 3, "parallel.fsdp=3 does not divide the 8"), (7, 7, "model.width=32 must be")]:
         with pytest.raises(UserError, match=words):
             generate(model, prompts, devices=jax.devices()[:count], fsdp=fsdp)
+
+
+def test_two_devices_score_as_one_does():
+    readings = [Reading(tuple(tokens), (tuple(tokens[-2:]), (7,))) for tokens in prompts_of(3, 40, 17)]
+    one, two = (
+        JaxLanguageModel(model_of("core"), Exit("latent-diff", 0.15), devices=jax.devices()[:count]) for count in (1, 2)
+    )
+    for scores, others in zip(*(model.log_probabilities(readings, 8) for model in (one, two)), strict=True):
+        for score, other in zip(scores, others, strict=True):
+            np.testing.assert_allclose(score.log_probabilities, other.log_probabilities, rtol=1e-12)
+            assert score.used == other.used
