@@ -1,6 +1,7 @@
 """`python -m jax_huginn.export` and `import_checkpoint`: every bit arrives, in Torch, in the layouts others read."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -174,11 +175,20 @@ def test_what_the_public_type_cannot_say_gets_our_own(make_config, tmp_path, kin
 # ---- The commands -----------------------------------------------------------------------------------------------
 
 
-def test_the_commands_convert_a_run_to_both_forms_and_back(imported, tmp_path, monkeypatch, tokenizer):
+def test_the_commands_convert_a_run_to_both_forms_and_back(imported, tmp_path, monkeypatch, tokenizer, capsys):
     model = load_checkpoint(imported)
-    run_main(export_main, monkeypatch, imported, "--out", tmp_path / "model.pth")
-    run_main(export_main, monkeypatch, imported, "--out", tmp_path / "bfloat16", "--dtype", "bfloat16")
-    run_main(export_main, monkeypatch, imported / "checkpoints/0", "--out", tmp_path / "float32")
+    run_main(export_main, monkeypatch, imported, "--out", tmp_path / "model.pth", "--compare", "0")
+    assert capsys.readouterr().out.count("\n") == 1
+    reports = []
+    for out, source, dtype in (("bfloat16", imported, "bfloat16"), ("float32", imported / "checkpoints/0", "float32")):
+        run_main(export_main, monkeypatch, source, "--out", tmp_path / out, "--dtype", dtype, "--compare", "1,6")
+        found = re.findall(r"recurrence +(\d+)  logits (\S+)  KL (\S+) nats", capsys.readouterr().out)
+        reports.append([tuple(map(float, line)) for line in found])
+    rounded, exact = reports
+    assert exact == [(1, 0, 0), (6, 0, 0)]
+    for (_, logits, kl), (twin_logits, twin_kl) in zip(rounded, twins_differences(tmp_path, (1, 6)), strict=True):
+        assert logits == pytest.approx(twin_logits, rel=0.02)
+        assert kl == pytest.approx(twin_kl, rel=0.02)
     assert (tmp_path / "float32/tokenizer.json").read_bytes() == (tokenizer / "tokenizer.json").read_bytes()
     assert load_file(tmp_path / "bfloat16/model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
     for source in ("model.pth", "float32"):
@@ -187,6 +197,19 @@ def test_the_commands_convert_a_run_to_both_forms_and_back(imported, tmp_path, m
         run_main(import_checkpoint.main, monkeypatch, tmp_path / source, "--out", out, *options)
         assert_same(model, load_checkpoint(out))
         assert (out / "tokenizer/tokenizer.json").is_file()
+
+
+def twins_differences(folder, depths) -> list[tuple[float, float]]:
+    """What the export is to report, by the twin in float64."""
+    kept, rounded = (torch_reference.load_checkpoint(folder / name).double() for name in ("model.pth", "bfloat16"))
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(0, 96, (1, 64), np.int32)).long()
+    found = []
+    for depth in depths:
+        with torch.no_grad():
+            a_SV, b_SV = (model(tokens, num_steps=(depth, 0)).logits[0].double() for model in (kept, rounded))
+        kl_S = torch.nn.functional.kl_div(b_SV.log_softmax(-1), a_SV.log_softmax(-1), log_target=True, reduction="none")
+        found.append(((a_SV - b_SV).abs().max().item(), kl_S.sum(-1).max().item()))
+    return found
 
 
 def test_no_half_made_output_is_left_and_none_is_overwritten(imported, tmp_path, monkeypatch):
