@@ -22,10 +22,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import jax
 import numpy as np
 
+from benchmarks.common import parse
 from jax_huginn.checkpoints import step_folders
 from jax_huginn.checkpoints.checksums import as_hex, checksums
 from jax_huginn.checkpoints.save import Checkpoints
-from jax_huginn.config.cli import OneLineParser, parse_config, run_verb
+from jax_huginn.config.cli import OneLineParser, run_verb
+from jax_huginn.config.overrides import override
+from jax_huginn.config.presets import load_config
 from jax_huginn.training.step import init_state, make_train_step
 
 
@@ -33,8 +36,9 @@ def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", help="where to write; the temporary folder if not given")
     parser.add_argument("--saves", type=int, default=5)
-    options, arguments = parser.parse_known_args()
-    config = parse_config(arguments)
+    parser.add_argument("--config", required=True)
+    options, overrides = parse(parser)
+    config = override(load_config(options.config), overrides)
     shape = (config.train.batch_size, config.train.sequence_length)
     tokens = np.zeros(shape, np.int32)
     mean, backprop_depth = config.recurrence.mean, config.recurrence.backprop_depth

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from jax_huginn.config.cli import OneLineParser, run_verb
+from jax_huginn.config.cli import OneLineParser, parse_config, run_verb
 
 TIMES = {"tokens_per_second", "tflops_per_second", "mfu"}
 SMALL = shlex.split("""--model.width 32 --model.mlp_width 48 --model.vocab_size 512 --moe.width 16 --train.batch_size 4
@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--config", default=str(ROOT / "configs/moe.py"))
     parser.add_argument("--out", type=Path, help="folder to create for both runs; a temporary one if not given")
     options, others = parser.parse_known_args()
+    parse_config(["--config", options.config, *others])  # a mistake is reported here, not in the log of a run
     began = time.monotonic()
     if options.out:
         options.out.mkdir(parents=True)

@@ -3,8 +3,8 @@
     python scripts/parity_report.py --device cpu --out docs/parity_cpu.md  # parity_tests, 2 to 3 minutes on two cores
     python scripts/parity_report.py --device gpu --out docs/parity_gpu.md  # where there is a GPU: its own set, a minute
 
-`--device auto` is the GPU set where JAX finds a GPU; JAX_PLATFORMS=cpu with `--device gpu` is its dry run. Other
-arguments go to pytest (CPU only). Exits with 1 if a claim fails.
+`--device auto` is the GPU set where JAX finds a GPU; JAX_PLATFORMS=cpu with `--device gpu` is its dry run. Exits with 1
+if a claim fails.
 """
 
 import argparse
@@ -95,9 +95,9 @@ def in_words(errors: dict[str, tuple[float, str]]) -> dict[str, tuple[str, str]]
     return words
 
 
-def run_tests(arguments: list[str]) -> list[Claim]:
+def run_tests() -> list[Claim]:
     collector = Collector()
-    status = pytest.main([str(ROOT / "parity_tests"), "-q", "-p", "no:cacheprovider", *arguments], plugins=[collector])
+    status = pytest.main([str(ROOT / "parity_tests"), "-q", "-p", "no:cacheprovider"], plugins=[collector])
     claims = collector.result()
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         claims.append(Claim(f"the tests run (pytest: {pytest.ExitCode(status).name})", "Run", 1, 1))
@@ -138,7 +138,7 @@ def main() -> int:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="Markdown file; printed in any case")
     parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto")
-    options, rest = parser.parse_known_args()
+    options = parser.parse_args()
     found: Any = jax.devices()[0]
     device = options.device if options.device != "auto" else jax.default_backend()
     start = time.perf_counter()
@@ -148,7 +148,7 @@ def main() -> int:
         claims, torch_device = parity_gpu.measure()
         title, where = "Parity on a GPU", f"JAX on {found.device_kind} ({found.platform}), Torch on {torch_device}"
     else:
-        claims = run_tests(rest)
+        claims = run_tests()
         title, where = "Parity on the CPU", cpu_name()
     text = table(claims, title, facts_of_this_run(where, time.perf_counter() - start))
     print(text)
