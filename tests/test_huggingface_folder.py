@@ -205,9 +205,7 @@ def test_lm_evals_own_adapter_gives_our_scores(opened):
     asked = [SimpleNamespace(args=pair) for pair in pairs]
     for kind in ("dense", "core"):
         folder, twin, _ = vars(opened[kind]).values()
-        theirs = HFLM(
-            pretrained=str(folder), trust_remote_code=True, mean_recurrence=4, device="cpu", add_bos_token=True
-        )
+        theirs = HFLM(pretrained=str(folder), trust_remote_code=True, mean_recurrence=4, device="cpu")
         ours = HuginnLM(TorchLanguageModel(twin), make_tokenizer(), 4, 2)
         for one, other in zip(ours.loglikelihood(asked), theirs.loglikelihood(asked), strict=True):
             assert one[0] == pytest.approx(other[0], abs=1e-4)
@@ -221,6 +219,7 @@ def test_token_ids_agree_in_all_files(opened, kind):
     config, generation = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "generation_config"))
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         assert config[name] == generation[name] == getattr(tokenizer, name)
+    assert tokenizer("ab")["input_ids"] == [config["bos_token_id"], *tokenizer.encode("ab", add_special_tokens=False)]
 
 
 def test_the_folder_needs_nothing_of_the_project(opened, tmp_path):

@@ -93,7 +93,7 @@ def write_huggingface(
     """Write `model` as a folder; one tensor at a time leaves the device.
 
     Args:
-        tokenizer: folder whose files are copied into the new one.
+        tokenizer: folder whose files are copied into the new one; there it puts BOS before every text, as training did.
         dtype: of the tensors, `bfloat16`, `float32` or `float64`; the parameters' own when not given.
         shard_bytes: most bytes of tensors in one file.
 
@@ -119,6 +119,7 @@ def write_huggingface(
         with whole_folder(folder) as unfinished:
             if tokenizer:
                 shutil.copytree(tokenizer, unfinished, dirs_exist_ok=True)
+                _begin_with_bos(unfinished)
             _copy_modelling_files(unfinished)
             ids = token_ids(unfinished)
             _write_json(unfinished / "config.json", {**huggingface_config(config, kind), **ids})
@@ -135,6 +136,31 @@ def _copy_modelling_files(folder: Path) -> None:
         raise ExportError("the package torch_reference is not installed, whose files every folder holds")
     for name in _MODELLING_FILES:
         shutil.copyfile(Path(twin.origin).with_name(name), folder / name)
+
+
+def _begin_with_bos(folder: Path) -> None:
+    """Let the tokenizer in a folder begin every text with BOS, unless it adds special tokens by a rule of its own.
+
+    The project's own code adds BOS itself. Transformers and lm-eval do what the tokenizer says.
+    """
+    bos = token_ids(folder).get("bos_token_id")
+    if bos is None:
+        return
+    file = folder / "tokenizer.json"
+    content = _read_json(file)
+    rule = content.get("post_processor")
+    if rule is not None and (rule.get("type") != "TemplateProcessing" or rule.get("special_tokens")):
+        return
+    name = next(token["content"] for token in content["added_tokens"] if token["id"] == bos)
+    begin = {"SpecialToken": {"id": name, "type_id": 0}}
+    first, second = ({"Sequence": {"id": which, "type_id": number}} for number, which in enumerate("AB"))
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [begin, first],
+        "pair": [begin, first, second],
+        "special_tokens": {name: {"id": name, "ids": [bos], "tokens": [name]}},
+    }
+    _write_json(file, content)
 
 
 def token_ids(tokenizer: Path) -> dict[str, int]:
