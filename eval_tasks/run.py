@@ -116,11 +116,9 @@ def _evaluate_all(program: str, opened: "Opened", manager: Any, options: argpars
                     print(f"{program}: warning: {title}: {count} {note}", file=sys.stderr)
                 report["notes"][title] = dict(lm.notes)
                 lm.notes.clear()
+                report["finished"] = setting is settings[-1] and name == options.tasks[-1]
                 if options.output is not None:  # after every task, so that a crash or a kill keeps what is done
                     _write(program, options.output, report)
-    report["finished"] = True
-    if options.output is not None:
-        _write(program, options.output, report)
     return 1 if report["failed"] else 0
 
 
