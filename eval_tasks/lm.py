@@ -15,6 +15,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from eval_tasks.cache import AnswerCache
 from eval_tasks.language_model import LanguageModel, Reading, Score
+from eval_tasks.loading import encode
 from eval_tasks.progress import Progress
 from jax_huginn.config.checks import UserError
 
@@ -62,7 +63,7 @@ class HuginnLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Tokens of the text alone, whatever `add_special_tokens` says: BOS is added later, once."""
-        return self.tokenizer.encode(string, add_special_tokens=False)
+        return encode(self.tokenizer, string)
 
     @property
     def tokenizer_name(self) -> str:

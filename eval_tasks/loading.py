@@ -6,12 +6,14 @@ import logging
 import os
 import socket
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 from eval_tasks import TASKS, TASKS_FOLDER
 from eval_tasks.options import suggestion
+from eval_tasks.progress import reading
 from jax_huginn.config.checks import UserError
 
 PROBE_SECONDS = 3.0
@@ -36,7 +38,8 @@ def load_task_manager(options: argparse.Namespace) -> Any:
         raise UserError(f"lm-eval cannot be imported ({error}): pip install lm-eval") from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     folders: list[str | Path] = [folder for folder in (TASKS_FOLDER, options.include_path) if folder is not None]
-    manager = TaskManager(include_path=folders, include_defaults=foreign)
+    with reading("lm-eval's index of tasks") if foreign else nullcontext():
+        manager = TaskManager(include_path=folders, include_defaults=foreign)
     names = dict.fromkeys(own if not foreign and options.include_path is None else [])
     if not names:
         for pattern in options.tasks:
@@ -104,6 +107,23 @@ def load_tokenizer(source: str, option: str) -> Any:
     if tokenizer.eos_token_id is None:
         raise UserError(f"{option} {source}: the tokenizer defines no EOS token")
     return tokenizer
+
+
+def encode(tokenizer: Any, text: str, name: str = "a text") -> list[int]:
+    """Tokens of the text alone, without BOS and EOS; `name` begins the complaint.
+
+    Raises:
+        UserError: a character that the tokenizer has no token for, such as a letter for that of a generated task.
+    """
+    try:
+        return tokenizer.encode(text, add_special_tokens=False)
+    except Exception as error:  # the tokenizers package raises nothing more specific
+        for character in text:
+            try:
+                tokenizer.encode(character, add_special_tokens=False)
+            except Exception:
+                raise UserError(f"{name} has {character!r}, which the tokenizer has no token for") from None
+        raise UserError(f"{name} cannot be tokenized: {first_line(error)}") from None
 
 
 def go_offline_without_network() -> None:

@@ -2,10 +2,19 @@
 
 import sys
 import time
-
-from tqdm import tqdm
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 PAUSE = 10.0  # seconds between two lines at least
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """One line before and one after, with the seconds that it took."""
+    began = time.monotonic()
+    print(f"reading {what}", file=sys.stderr, flush=True)
+    yield
+    print(f"read in {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -13,6 +22,8 @@ class Progress:
 
     def __init__(self, verb: str, total: int):
         self.verb, self.total, self.done = verb, total, 0
+        from tqdm import tqdm  # not before `run` has decided about TQDM_DISABLE, which tqdm reads when it is imported
+
         self.bar = tqdm(total=total, desc=verb, disable=None)
         self.last = time.monotonic()
         if total:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from eval_tasks.identity import Exiting, Opened
 from eval_tasks.loading import load_tokenizer
+from eval_tasks.progress import reading
 from eval_tasks.run import run
 from jax_huginn.config.checks import UserError
 
@@ -65,7 +66,8 @@ def open_model(options: argparse.Namespace) -> Opened:
     loaded = load_tokenizer(str(tokenizer), "--tokenizer_path")
     if "float64" in (options.dtype, source.config.model.dtype):
         jax.config.update("jax_enable_x64", True)
-    weights = load_for_inference(source, options.dtype, replicated_on(devices))
+    with reading(str(source.path)):
+        weights = load_for_inference(source, options.dtype, replicated_on(devices))
     model = JaxLanguageModel(weights, None, options.policy, options.budget, devices)
     exits = [Exiting(name, model.exiting(rule), dataclasses.asdict(rule)) for name, rule in rules.items()]
     files = [*files_of_weights(source.path)]

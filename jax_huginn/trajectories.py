@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eval_tasks.loading import encode, load_tokenizer
 from jax_huginn.config.checks import UserError, require
 from jax_huginn.config.cli import OneLineParser, run_verb
 from jax_huginn.visualization import trajectory_charts
@@ -43,7 +44,6 @@ def main() -> None:
         raise UserError(f"--out {options.out} is a folder: name a file in it")
 
     # Imported here, so that --help and a mistyped option are answered without waiting for JAX.
-    from eval_tasks.loading import load_tokenizer
     from jax_huginn.checkpoints.sources import load_for_inference, open_source
 
     source = open_source(options.source)
@@ -79,7 +79,7 @@ def look(model: MoEHuginnModel, tokenizer: Any, prompt: str, recurrence: int, to
     from jax_huginn.inference.iterations import return_iterations
 
     bos = tokenizer.bos_token_id
-    tokens = ([] if bos is None else [bos]) + tokenizer.encode(prompt, add_special_tokens=False)
+    tokens = ([] if bos is None else [bos]) + encode(tokenizer, prompt, "--prompt")
     most, vocabulary = model.config.model.max_length, model.config.model.vocab_size
     if not tokens or len(tokens) > most:
         raise UserError(f"--prompt has {len(tokens)} tokens with BOS: the model reads 1 to {most}")

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eval_tasks.loading import encode, load_tokenizer
 from jax_huginn.config.checks import UserError, require
 
 if TYPE_CHECKING:
@@ -52,10 +53,10 @@ class Writer:
         if self.chat:
             messages = [*earlier, {"role": "user", "content": prompt}]
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            tokens = encode(self.tokenizer, text, name)
         else:
             bos = self.tokenizer.bos_token_id
-            tokens = [bos] * (bos is not None) + self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            tokens = [bos] * (bos is not None) + encode(self.tokenizer, prompt, name)
         most = self.model.config.model.max_length
         require(len(tokens) < most, f"{name} has {len(tokens)} tokens; the model's context of {most} must leave room")
         return tokens
@@ -155,7 +156,6 @@ def open_writer(
     """
     import jax
 
-    from eval_tasks.loading import load_tokenizer
     from jax_huginn.checkpoints.sources import load_for_inference, open_source
     from jax_huginn.inference.programs import mesh_of
     from jax_huginn.model.sharding import shardings

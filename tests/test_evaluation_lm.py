@@ -9,6 +9,8 @@ from eval_tasks.language_model import Written
 from eval_tasks.lm import HuginnLM
 from eval_tasks.progress import Progress
 from jax_huginn.config.checks import UserError
+from jax_huginn.data.tasks import ShellGame
+from jax_huginn.data.tokenizer import character_tokenizer
 from tests.evaluation_support import BOS, CONFIG, EOS, PAD, lively_model, make_tokenizer
 from torch_reference import MoEHuginnModel
 from torch_reference.cache import Cache
@@ -192,6 +194,14 @@ def test_a_task_that_wants_more_than_greedy_text_is_refused_by_the_setting(model
 def test_a_chat_template_that_writes_bos_gets_no_second_one(model):
     lm = make_lm(model)
     assert lm._encode_pair("<bos>ab", "c")[0] == lm._encode_pair("ab", "c")[0]
+
+
+def test_a_character_that_the_tokenizer_does_not_know_is_one_line(model):
+    """Such as a letter in a question for the model of a generated task."""
+    game = ShellGame()
+    lm = HuginnLM(TorchLanguageModel(model), character_tokenizer(game.alphabet, game.separator), 1, 1)
+    with pytest.raises(UserError, match="a text has 'd', which the tokenizer has no token for"):
+        lm.generate_until(requests(("def", {"until": []})))
 
 
 def test_generation_ends_at_block_size(model):

@@ -47,9 +47,15 @@ def arguments(files, *more: str, tasks: str = "stdlib_perplexity") -> list[str]:
     return [*given, "--recurrence", "2", "--batch_size", "8", *more]
 
 
+def without_reading(err: str) -> str:
+    """What stderr says beside the lines about reading the model and lm-eval's index."""
+    return "".join(line for line in err.splitlines(keepends=True) if not re.match(r"reading |read in \d", line))
+
+
 def refusal(capsys, given: list[str]) -> str:
     assert main(given) == 2
     out, err = capsys.readouterr()
+    err = without_reading(err)
     assert out == ""
     assert err.startswith("quick_checkpoint_eval: error: ")
     assert err.count("\n") == 1
@@ -177,7 +183,9 @@ def test_script_reports_what_cannot_run_offline_and_runs_the_rest(files, tmp_pat
     done = run_script(files, tmp_path, tasks, "--limit", "2", "--output", "results.json")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    arc, tiny, scoring = done.stderr.strip().splitlines()
+    assert done.stderr.startswith("reading lm-eval's index of tasks\nread in ")
+    assert re.search(rf"^reading {re.escape(files.model)}\nread in [\d.]+ s$", done.stderr, re.MULTILINE)
+    arc, tiny, scoring = without_reading(done.stderr).strip().splitlines()
     assert re.fullmatch(r"scoring \d+ requests", scoring)
     assert "arc_easy did not run: its dataset cannot be loaded: Couldn't reach 'allenai/ai2_arc'" in arc
     assert "OfflineModeIsEnabled" in arc  # found out once, not by retries that take 23 s a task
@@ -249,7 +257,7 @@ def test_a_hugging_face_folder_and_its_tokenizer_are_read(files, capsys, tmp_pat
 def test_ctrl_c_is_one_line(files, capsys, monkeypatch):
     monkeypatch.setattr(HuginnLM, "loglikelihood_rolling", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     assert main(arguments(files, "--limit", "1")) == 130
-    assert capsys.readouterr().err == "quick_checkpoint_eval: interrupted\n"
+    assert without_reading(capsys.readouterr().err) == "quick_checkpoint_eval: interrupted\n"
 
 
 TASK = """
@@ -283,7 +291,7 @@ def test_a_task_that_cannot_run_is_one_line_and_the_rest_runs(files, capsys, tmp
     given = arguments(files, "--limit=1", "--include_path", str(tmp_path), tasks=f"{name},stdlib_perplexity")
     assert main(given) == 1
     out, err = capsys.readouterr()
-    failed, scoring = err.splitlines()
+    failed, scoring = without_reading(err).splitlines()
     assert failed == f"quick_checkpoint_eval: error: {name} did not run: {message}"
     assert re.fullmatch(r"scoring \d+ requests", scoring)
     assert "|stdlib_perplexity|" in out

@@ -18,6 +18,7 @@ if __package__ in (None, ""):  # run as a file: make the clone's root importable
 
 from eval_tasks.identity import Opened
 from eval_tasks.loading import load_tokenizer
+from eval_tasks.progress import reading
 from eval_tasks.run import UserError, run
 
 
@@ -42,12 +43,13 @@ def open_model(options: argparse.Namespace) -> Opened:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no CUDA device")
     tokenizer = load_tokenizer(options.tokenizer_path or _beside(path), "--tokenizer_path")
-    try:
-        model = load_checkpoint(path)
-    except CheckpointError as error:
-        raise UserError(str(error)) from None
     device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
-    model = model.to(device, getattr(torch, options.dtype) if options.dtype else None)
+    with reading(str(path)):
+        try:
+            model = load_checkpoint(path)
+        except CheckpointError as error:
+            raise UserError(str(error)) from None
+        model = model.to(device, getattr(torch, options.dtype) if options.dtype else None)
     files = [path] if path.is_file() else [*path.glob("*.safetensors"), path / "config.json"]
     return Opened(TorchLanguageModel(model), tokenizer, path, files)
 
