@@ -138,7 +138,7 @@ def run_torch(config: Config, rows: np.ndarray, options: argparse.Namespace) -> 
     master = getattr(torch, config.model.param_dtype if options.optimizer else config.model.dtype)
     model = model.to(device, master)
     for name in ("prelude", "core_block", "coda"):
-        for block in model.transformer[name]:
+        for block in model.transformer[name].children():
             block.compile()
     model.unembed = torch.compile(model.unembed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device == "cuda") if options.optimizer else None

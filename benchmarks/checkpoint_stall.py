@@ -16,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -46,7 +47,7 @@ def main() -> None:
     step = jax.jit(make_train_step(config), donate_argnums=0)
     state = jax.jit(lambda: init_state(config))()
     position = {"process": [0, 1], "order": {}, "rows": 0, "streams": [[0] * 6] * 8, "skipped": [[0] * 4] * 8}
-    data = SimpleNamespace(get_state=lambda: position)
+    data: Any = SimpleNamespace(get_state=lambda: position)  # all that a save asks of it
 
     def timed_step() -> float:
         nonlocal state

@@ -25,6 +25,7 @@ from parity_tests import support
 from parity_tests.layers import RouterSpy, jax_router_choosing
 from parity_tests.support import Batch, Pair, Tensors, relative_error
 from tests.support import small_config
+from torch_reference import MoEHuginnModel
 
 N, K = 5, 4  # recurrences without and with gradient: the deepest at which float32 is held to a fixed tolerance
 FLOAT32 = "float32, TF32 off: JAX against Torch"
@@ -146,7 +147,7 @@ def pair_on(device: torch.device, config: Config) -> Pair:
     return pair
 
 
-def exact_twin(kind: str, pair: Pair) -> torch.nn.Module:
+def exact_twin(kind: str, pair: Pair) -> MoEHuginnModel:
     """The same weights in float64 on the CPU."""
     twin = support.pair_of(gpu_config(kind, "float64")).twin
     twin.load_state_dict({name: weight.double().cpu() for name, weight in pair.twin.state_dict().items()})
@@ -164,7 +165,7 @@ def run_explicit(pair: Pair, batch: Batch) -> Tensors:
     return support.values_of(output) | support.jax_gradients(gradients)
 
 
-def run_twin(twin: torch.nn.Module, batch: Batch, choice_TA: np.ndarray | None = None) -> Tensors:
+def run_twin(twin: MoEHuginnModel, batch: Batch, choice_TA: np.ndarray | None = None) -> Tensors:
     """The same in Torch, on the model's device."""
     spy = RouterSpy(choice_TA)
     spy.fixed = None if spy.fixed is None else spy.fixed.to(twin.device)

@@ -48,6 +48,7 @@ class Collector:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Function) -> Iterator[None]:
         name = item.nodeid.split("[")[0]
+        assert item.module is not None
         section = (inspect.getdoc(item.module) or item.module.__name__).splitlines()[0]
         text = item.function.__name__.removeprefix("test_").replace("_", " ")
         claim = self.claims.setdefault(name, Claim(text, section))

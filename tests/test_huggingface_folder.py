@@ -207,6 +207,7 @@ def test_lm_evals_own_adapter_gives_our_scores(opened):
         folder, twin, _ = vars(opened[kind]).values()
         theirs = HFLM(pretrained=str(folder), trust_remote_code=True, mean_recurrence=4, device="cpu")
         ours = HuginnLM(TorchLanguageModel(twin), make_tokenizer(), 4, 2)
+        assert theirs.max_length == ours.model.max_length
         for one, other in zip(ours.loglikelihood(asked), theirs.loglikelihood(asked), strict=True):
             assert one[0] == pytest.approx(other[0], abs=1e-4)
             assert one[1] == other[1]

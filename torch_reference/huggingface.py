@@ -27,6 +27,7 @@ class HuginnConfig(PretrainedConfig):
     """All that config.json says, as attributes."""
 
     model_type = "moe_huginn"
+    attribute_map = {"max_position_embeddings": "block_size"}  # noqa: RUF012  where lm-eval looks for the longest text
 
     def __init__(self, **values: Any):
         layers = sum(values.get(f"n_layers_in_{part}", 0) for part in ("prelude", "recurrent_block", "coda"))
