@@ -119,6 +119,10 @@ def facts_of_this_run(device: str, seconds: float) -> dict[str, str]:
 
 
 def commit() -> str:
+    """Short hash of the checkout, or $COMMIT where the files came without their history; else `unknown`."""
+    if "COMMIT" in os.environ:
+        return os.environ["COMMIT"]
+
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
