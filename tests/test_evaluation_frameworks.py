@@ -255,7 +255,15 @@ def test_the_commands_cache_by_depth(models, tmp_path, capsys):
     assert results["1,3", "1"] == results["1", "1"] != results["3", "3"] == results["1,3", "3"]
     settings = [json.loads(file.read_text().splitlines()[0]) for file in (tmp_path / "cache").iterdir()]
     assert sorted(setting["recurrence"] for setting in settings) == [1, 3]
-    assert settings[0].keys() >= {"weights_sha256", "tokenizer_sha256", "dtype", "commit", "versions"}
+    assert settings[0].keys() >= {
+        "weights_sha256",
+        "tokenizer_sha256",
+        "dtype",
+        "cache",
+        "device",
+        "commit",
+        "versions",
+    }
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(models, capsys):

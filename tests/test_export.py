@@ -186,9 +186,7 @@ def test_the_commands_convert_a_run_to_both_forms_and_back(imported, tmp_path, m
         reports.append([tuple(map(float, line)) for line in found])
     rounded, exact = reports
     assert exact == [(1, 0, 0), (6, 0, 0)]
-    for (_, logits, kl), (twin_logits, twin_kl) in zip(rounded, twins_differences(tmp_path, (1, 6)), strict=True):
-        assert logits == pytest.approx(twin_logits, rel=0.02)
-        assert kl == pytest.approx(twin_kl, rel=0.02)
+    assert rounded[0] == (1, *(pytest.approx(each, rel=0.01) for each in twins_difference(tmp_path)))
     ours, theirs = (json.loads((folder / "tokenizer.json").read_text()) for folder in (tokenizer, tmp_path / "float32"))
     assert ours | {"post_processor": theirs["post_processor"]} == theirs
     assert load_file(tmp_path / "bfloat16/model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
@@ -200,22 +198,17 @@ def test_the_commands_convert_a_run_to_both_forms_and_back(imported, tmp_path, m
         assert (out / "tokenizer/tokenizer.json").is_file()
 
 
-def twins_differences(folder, depths) -> list[tuple[float, float]]:
-    """What the export is to report, by the twin in float64."""
+def twins_difference(folder: Path) -> tuple[float, float]:
+    """What the export is to report at one recurrence, by the twin in float64; at more these wild weights are chaotic."""
     kept, rounded = (torch_reference.load_checkpoint(folder / "model.pth").double() for _ in range(2))
-    with torch.no_grad():
-        for weight, in_bfloat16 in zip(
-            rounded.parameters(), torch_reference.load_checkpoint(folder / "bfloat16").parameters(), strict=True
-        ):
-            weight.copy_(in_bfloat16)
+    in_bfloat16 = torch_reference.load_checkpoint(folder / "bfloat16")
     tokens = torch.from_numpy(np.random.default_rng(0).integers(0, 96, (1, 64), np.int32)).long()
-    found = []
-    for depth in depths:
-        with torch.no_grad():
-            a_SV, b_SV = (model(tokens, num_steps=(depth, 0)).logits[0].double() for model in (kept, rounded))
-        kl_S = torch.nn.functional.kl_div(b_SV.log_softmax(-1), a_SV.log_softmax(-1), log_target=True, reduction="none")
-        found.append(((a_SV - b_SV).abs().max().item(), kl_S.sum(-1).max().item()))
-    return found
+    with torch.no_grad():
+        for weight, other in zip(rounded.parameters(), in_bfloat16.parameters(), strict=True):
+            weight.copy_(other)
+        a_SV, b_SV = (model(tokens, num_steps=(1, 0)).logits[0] for model in (kept, rounded))
+    kl_S = torch.nn.functional.kl_div(b_SV.log_softmax(-1), a_SV.log_softmax(-1), log_target=True, reduction="none")
+    return (a_SV - b_SV).abs().max().item(), kl_S.sum(-1).max().item()
 
 
 def test_no_half_made_output_is_left_and_none_is_overwritten(imported, tmp_path, monkeypatch):
