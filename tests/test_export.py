@@ -199,7 +199,7 @@ def test_the_commands_convert_a_run_to_both_forms_and_back(imported, tmp_path, m
 
 
 def twins_difference(folder: Path) -> tuple[float, float]:
-    """What the export is to report at one recurrence, by the twin in float64; at more these wild weights are chaotic."""
+    """What the export is to report at one recurrence, by the twin; at more, weights as wild as these are chaotic."""
     kept, rounded = (torch_reference.load_checkpoint(folder / "model.pth").double() for _ in range(2))
     in_bfloat16 = torch_reference.load_checkpoint(folder / "bfloat16")
     tokens = torch.from_numpy(np.random.default_rng(0).integers(0, 96, (1, 64), np.int32)).long()
