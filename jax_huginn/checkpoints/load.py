@@ -51,7 +51,8 @@ def find_step(run_or_step: str | os.PathLike) -> Path:
 
 
 def restore_params(step: Path, abstract: Any) -> Any:
-    """The parameters in a step folder, typed and placed as the `abstract` ones are; one array is read after the other.
+    """The parameters in a step folder, typed and placed as the `abstract` ones are; one array is read after the other,
+    the largest first, so that the copies that reading makes are large only while little is loaded.
 
     Raises:
         DamagedError: their values are not those that were saved.
@@ -60,9 +61,9 @@ def restore_params(step: Path, abstract: Any) -> Any:
     saved = step_folders.array_sums(step)
     tree = nnx.to_pure_dict(abstract)
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-    restored = []
+    restored: dict[int, jax.Array] = {}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-        for path, target in leaves:
+        for place, (path, target) in sorted(enumerate(leaves), key=lambda entry: -entry[1][1].size):
             one = _nested(path, jax.ShapeDtypeStruct(target.shape, kind, sharding=target.sharding))
             arguments = jax.tree.map(
                 lambda x: ocp.ArrayRestoreArgs(dtype=x.dtype, sharding=x.sharding, global_shape=x.shape), one
@@ -70,8 +71,8 @@ def restore_params(step: Path, abstract: Any) -> Any:
             item = ocp.args.PyTreeRestore(item=one, restore_args=arguments, partial_restore=True)
             found = reader.restore(step.resolve(), args=ocp.args.Composite(params=item))["params"]
             compare_arrays(step, "params", found, saved)
-            restored.append(jax.tree.leaves(found)[0].astype(target.dtype))
-    nnx.replace_by_pure_dict(abstract, jax.tree.unflatten(structure, restored))
+            restored[place] = jax.block_until_ready(jax.tree.leaves(found)[0].astype(target.dtype))
+    nnx.replace_by_pure_dict(abstract, jax.tree.unflatten(structure, [restored[i] for i in range(len(leaves))]))
     return nnx.as_pure(abstract)
 
 

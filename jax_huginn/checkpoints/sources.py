@@ -59,7 +59,7 @@ def open_source(source: str | os.PathLike) -> Source:
         return Source(step, config_of(step), found, lambda target: restore_params(step, target))
     weights = open_weights(source)
     return Source(
-        weights.path, weights.config, weights.tokenizer, lambda target: jax.tree.map(_placed, target, weights.params())
+        weights.path, weights.config, weights.tokenizer, lambda target: _largest_first(target, weights.params())
     )
 
 
@@ -124,6 +124,14 @@ def _is_run(path: Path) -> bool:
 def _on_one_device(tree: Any) -> Any:
     device = jax.sharding.SingleDeviceSharding(available_devices()[0])
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), tree)
+
+
+def _largest_first(target: Any, lazy: Any) -> Any:
+    """The arrays read in an order in which the copies that reading makes are large only while little is loaded."""
+    targets, structure = jax.tree.flatten(target)
+    sources = structure.flatten_up_to(lazy)
+    placed = {i: _placed(targets[i], sources[i]) for i in sorted(range(len(targets)), key=lambda i: -targets[i].size)}
+    return structure.unflatten(placed[i] for i in range(len(targets)))
 
 
 def _placed(target: jax.ShapeDtypeStruct, lazy: LazyArray) -> jax.Array:
