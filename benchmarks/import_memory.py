@@ -7,8 +7,8 @@ Makes a Hugging Face folder of huginn-0125's shape from made-up numbers (7.8 GB 
 that a user types, in a process of its own, and prints that process's largest resident size. Both folders are removed
 again; they need 23 GB of disk in `--folder`.
 
-With `--load` the folder, or the run it was imported to, is loaded as generation loads it, to compute in that type. On the
-CPU the host's memory is also the device's, so the size includes the weights, and `of_weights` is it divided by theirs.
+With `--load` the folder, or the run it was imported to, is loaded as generation loads it, to compute in that type. On
+the CPU the host's memory is also the device's, so the size includes the weights; `of_weights` is it divided by theirs.
 """
 
 import argparse
