@@ -178,9 +178,10 @@ def test_a_task_that_generates_does_so_with_exits(models, tmp_path):
     asked = requests(*((text, {"until": ["e"], "max_gen_toks": 5}) for text in ("abc", "a longer prompt", "z")))
     texts, steps = [], []
     for _ in range(2):
-        lm = HuginnLM(models.jax.exiting(rule), make_tokenizer(), most, 2, AnswerCache(tmp_path, {}))
-        texts.append(lm.generate_until(asked))
-        steps.append(lm.steps)
+        with closing(AnswerCache(tmp_path, {})) as cache:
+            lm = HuginnLM(models.jax.exiting(rule), make_tokenizer(), most, 2, cache)
+            texts.append(lm.generate_until(asked))
+            steps.append(lm.steps)
     assert texts[0] == texts[1]
     assert steps[0] == pytest.approx(steps[1])
     for request, text in zip(asked, texts[0], strict=True):

@@ -154,7 +154,7 @@ def test_training_starts_from_weights_and_then_resumes_its_own(make_config, tmp_
         np.testing.assert_allclose(theirs, ours, atol=1e-6)
     assert json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])["step"] == 1
     used = (tmp_path / "run/tokenizer/tokenizer.json").read_bytes()
-    assert used == (tmp_path / "tokenizer/tokenizer.json").read_bytes()
+    assert used == (tmp_path / "weights/tokenizer.json").read_bytes()
 
     # Its own checkpoint wins: what the weights came from may even be gone.
     gone = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, init_from="gone"))

@@ -92,13 +92,14 @@ with Stop() as stop:
     print("asked", flush=True)
     ctypes.PyDLL(None).sleep(60)  # holds the interpreter
 """
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(number)
-    assert process.stdout.readline() == "asked\n"
-    process.send_signal(number)
-    assert process.wait(10) == -number
+    line = [sys.executable, "-c", program]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        assert process.stdout.readline() == "asked\n"
+        process.send_signal(number)
+        assert process.wait(10) == -number
 
 
 def test_ctrl_c_before_the_first_step_is_no_traceback(tmp_path):

@@ -1,5 +1,7 @@
 """The optimiser step: accumulation, clipping, decay, schedule, and what it leaves alone."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,25 +50,30 @@ def test_a_step_is_the_mean_gradient_of_its_learnt_tokens_clipped_and_decayed(ma
     new_state, metrics = jax.jit(make_train_step(config))(state, tokens, labels, n_U, k_U)
 
     graphdef, _ = abstract_model(config)
-    gradients, losses, earlier_QE = [], [], 0
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def objective(params, tokens, labels, n, k, s_0, share, earlier_QE):
+        output = nnx.merge(graphdef, params).training_loss(tokens, labels, n, k, s_0)
+        counts_QE = earlier_QE + output.moe.counts_QE  # balanced over the step so far, not within a micro-batch
+        by_router = [
+            len(counts_E) * jnp.sum(counts_E / counts_E.sum() * probability_E)
+            for counts_E, probability_E in zip(counts_QE, output.moe.probability_QE, strict=True)
+        ]
+        balance = sum(by_router) / len(by_router) - output.moe.balance_loss
+        auxiliary = (output.loss - output.log_ppl + config.moe.balance_weight * balance) / 2
+        return auxiliary + output.log_ppl * share, (counts_QE, balance)
+
+    routers = 1 if placement == "injection" else config.model.core_layers
+    gradients, losses, counts_QE = [], [], jnp.zeros((routers, config.moe.experts))
     for index in range(2):
         key = jax.random.fold_in(jax.random.key(5), index)
         s_0 = initializers.random_state(key, (2, 64, 32), jnp.dtype("float64"))
         part = slice(2 * index, 2 * index + 2)
-
-        def objective(params, part=part, s_0=s_0, index=index, earlier_QE=earlier_QE):
-            output = nnx.merge(graphdef, params).training_loss(tokens[part], labels[part], n_U[index], k_U[index], s_0)
-            counts_QE = earlier_QE + output.moe.counts_QE  # balanced over the step so far, not within a micro-batch
-            assert len(counts_QE) == (1 if placement == "injection" else config.model.core_layers)
-            by_router = [
-                len(counts_E) * jnp.sum(counts_E / counts_E.sum() * probability_E)
-                for counts_E, probability_E in zip(counts_QE, output.moe.probability_QE, strict=True)
-            ]
-            balance = sum(by_router) / len(by_router) - output.moe.balance_loss
-            auxiliary = (output.loss - output.log_ppl + config.moe.balance_weight * balance) / 2
-            return auxiliary + output.log_ppl * counted_U[index] / counted_U.sum(), (counts_QE, balance)
-
-        (loss, (earlier_QE, balance)), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
+        micro_batch = (tokens[part], labels[part], n_U[index], k_U[index], s_0)
+        share = counted_U[index] / counted_U.sum()
+        (loss, (counts_QE, balance)), gradient = objective(state.params, *micro_batch, share, counts_QE)
+        assert counts_QE.shape == (routers, config.moe.experts)
         assert (abs(balance) > 1e-6) == (index > 0)
         gradients.append(gradient)
         losses.append(loss)
