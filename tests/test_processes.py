@@ -15,6 +15,7 @@ import pytest
 from flax import nnx
 
 from jax_huginn import load_checkpoint
+from jax_huginn.parallel.processes import failed_in_xla
 from tests.support import HANGS
 
 ROOT = Path(__file__).parent.parent
@@ -206,3 +207,25 @@ def test_a_killed_process_ends_the_other_within_a_minute(preset, tmp_path, kille
     # JAX's watch over the processes ends the program by itself when it notices before a collective does.
     assert ours in err or "the JAX distributed service detected fatal errors" in err
     assert "Traceback" not in err
+
+
+def test_an_error_of_xla_differs_from_ours():
+    """Whether the program is called for the first time, or again by JAX's shorter way, which raises another type."""
+    fails = []
+
+    def callback(x):
+        if fails:
+            raise RuntimeError("the connection is gone")
+        return x
+
+    shape = jax.ShapeDtypeStruct((4,), np.float32)
+    first, again = (jax.jit(lambda x: jax.pure_callback(callback, shape, x) + 1) for _ in range(2))
+    again(np.ones(4, np.float32)).block_until_ready()
+    fails.append(True)
+    for program in (first, again):
+        with pytest.raises((jax.errors.JaxRuntimeError, ValueError)) as caught:
+            program(np.ones(4, np.float32)).block_until_ready()
+        assert failed_in_xla(caught.value)
+    assert failed_in_xla(ValueError("UNKNOWN: Gloo all-reduce failed: Connection reset by peer"))
+    assert not failed_in_xla(ValueError("axis 2 is out of bounds"))
+    assert not failed_in_xla(RuntimeError("INTERNAL: ours"))

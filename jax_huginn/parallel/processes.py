@@ -6,6 +6,7 @@ compared or voted on by small exchanges of fixed shape, so that a disagreement i
 
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -52,7 +53,7 @@ def session(config: ParallelConfig) -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         who = f"process {jax.process_index()} of {jax.process_count()}"
-        if isinstance(error, jax.errors.JaxRuntimeError) and not isinstance(error.__cause__, ConfigError):
+        if failed_in_xla(error) and not isinstance(error.__cause__, ConfigError):
             reason = str(error).strip().splitlines()[0][:300]
             print(f"error: {who}: another process ended or the network failed ({reason}); rerun the same command "
                   "to resume from the last checkpoint", file=sys.stderr)  # fmt: skip
@@ -63,6 +64,15 @@ def session(config: ParallelConfig) -> Iterator[None]:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(2)
+
+
+def failed_in_xla(error: BaseException) -> bool:
+    """Whether XLA failed while it ran a program, as when a collective loses its partner.
+
+    A compiled function that was called before raises such an error as a `ValueError` that begins with XLA's status.
+    """
+    status = re.match(r"[A-Z]{4,}(_[A-Z]+)*: ", str(error))
+    return isinstance(error, jax.errors.JaxRuntimeError) or (isinstance(error, ValueError) and status is not None)
 
 
 def initialize(config: ParallelConfig) -> None:
