@@ -227,5 +227,6 @@ def test_an_error_of_xla_differs_from_ours():
             program(np.ones(4, np.float32)).block_until_ready()
         assert failed_in_xla(caught.value)
     assert failed_in_xla(ValueError("UNKNOWN: Gloo all-reduce failed: Connection reset by peer"))
+    assert failed_in_xla(ValueError("NOT_FOUND: no such task"))
     assert not failed_in_xla(ValueError("axis 2 is out of bounds"))
     assert not failed_in_xla(RuntimeError("INTERNAL: ours"))

@@ -53,7 +53,7 @@ def test_a_step_is_the_mean_gradient_of_its_learnt_tokens_clipped_and_decayed(ma
 
     @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)
-    def objective(params, tokens, labels, n, k, s_0, share, earlier_QE):
+    def objective_and_gradient(params, tokens, labels, n, k, s_0, share, earlier_QE):
         output = nnx.merge(graphdef, params).training_loss(tokens, labels, n, k, s_0)
         counts_QE = earlier_QE + output.moe.counts_QE  # balanced over the step so far, not within a micro-batch
         by_router = [
@@ -72,7 +72,7 @@ def test_a_step_is_the_mean_gradient_of_its_learnt_tokens_clipped_and_decayed(ma
         part = slice(2 * index, 2 * index + 2)
         micro_batch = (tokens[part], labels[part], n_U[index], k_U[index], s_0)
         share = counted_U[index] / counted_U.sum()
-        (loss, (counts_QE, balance)), gradient = objective(state.params, *micro_batch, share, counts_QE)
+        (loss, (counts_QE, balance)), gradient = objective_and_gradient(state.params, *micro_batch, share, counts_QE)
         assert counts_QE.shape == (routers, config.moe.experts)
         assert (abs(balance) > 1e-6) == (index > 0)
         gradients.append(gradient)

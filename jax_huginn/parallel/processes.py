@@ -53,12 +53,12 @@ def session(config: ParallelConfig) -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         who = f"process {jax.process_index()} of {jax.process_count()}"
-        if failed_in_xla(error) and not isinstance(error.__cause__, ConfigError):
+        if isinstance(error, UserError):
+            print(f"error: {who}: {error}", file=sys.stderr)
+        elif failed_in_xla(error) and not isinstance(error.__cause__, ConfigError):
             reason = str(error).strip().splitlines()[0][:300]
             print(f"error: {who}: another process ended or the network failed ({reason}); rerun the same command "
                   "to resume from the last checkpoint", file=sys.stderr)  # fmt: skip
-        elif isinstance(error, UserError):
-            print(f"error: {who}: {error}", file=sys.stderr)
         else:
             traceback.print_exc()
         sys.stdout.flush()
@@ -69,9 +69,10 @@ def session(config: ParallelConfig) -> Iterator[None]:
 def failed_in_xla(error: BaseException) -> bool:
     """Whether XLA failed while it ran a program, as when a collective loses its partner.
 
-    A compiled function that was called before raises such an error as a `ValueError` that begins with XLA's status.
+    A compiled function that was called before raises such an error as a `ValueError` that begins with XLA's status,
+    for example `UNKNOWN: `.
     """
-    status = re.match(r"[A-Z]{4,}(_[A-Z]+)*: ", str(error))
+    status = re.match("[A-Z_]{4,}: ", str(error))
     return isinstance(error, jax.errors.JaxRuntimeError) or (isinstance(error, ValueError) and status is not None)
 
 
