@@ -60,6 +60,12 @@ def _known(options: dict[str, Any]) -> dict[str, Any]:
 # The same program after XLA's own passes, but by a plain generator of machine code that LLVM does not polish: a quarter
 # of the time to compile. One test uses the compiler as it comes.
 COMPILER_OPTIONS = _known({"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False})
+# XLA's defaults, which conftest.py changes for the whole process.
+XLAS_OWN_OPTIONS = _known({
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+    "xla_cpu_use_fusion_emitters": True,
+})  # fmt: skip
 
 Tensors = dict[str, np.ndarray]
 

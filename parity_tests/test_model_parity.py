@@ -12,6 +12,7 @@ from parity_tests.support import (
     GRADIENTS,
     KINDS,
     VALUES,
+    XLAS_OWN_OPTIONS,
     Batch,
     Pair,
     Tensors,
@@ -73,12 +74,13 @@ def test_values_and_gradients_through_the_explicit_depth_agree(kind):
 
 
 def test_values_and_gradients_agree_under_the_compilers_own_options():
-    """Everywhere else compilation is cut short, see `support.COMPILER_OPTIONS`."""
+    """Everywhere else compilation is cut short, see conftest.py and `support.COMPILER_OPTIONS`."""
     pair = make_pair("core")
     batch = make_batch(pair.config)
     state = jnp.asarray(batch.state, pair.dtype)
-    run = jax.jit(with_gradients(lambda params, *inputs: pair.model(params).training_loss(*inputs)))
-    output, gradients = run(pair.params, batch.tokens, batch.labels, np.int32(3), np.int32(2), state)
+    run = with_gradients(lambda params, *inputs: pair.model(params).training_loss(*inputs))
+    inputs = batch.tokens, batch.labels, np.int32(3), np.int32(2), state
+    output, gradients = jax.jit(run, compiler_options=XLAS_OWN_OPTIONS)(pair.params, *inputs)
     twin_output, twin_gradients = torch_step(pair.twin, batch, 3, 2)
     twin_values = values_of(twin_output)
     del twin_values["logits"], twin_values["latents"]  # training returns neither
