@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -131,33 +132,40 @@ def two(preset, tmp_path_factory) -> tuple[Path, list[str]]:
     return run_dir, [out for _, out, _ in results]
 
 
-def test_two_processes_train_like_one_and_only_the_first_speaks(preset, two, tmp_path):
+@pytest.fixture(scope="module")
+def one(preset, tmp_path_factory) -> tuple[Path, str]:
+    """A run of one process of two devices: its folder and what it printed."""
+    run_dir = tmp_path_factory.mktemp("one") / "run"
+    [(status, out, err)] = finish([start(preset, run_dir, devices=2)])
+    assert status == 0, err
+    return run_dir, out
+
+
+def test_two_processes_train_like_one_and_only_the_first_speaks(one, two):
     """One process of the same mesh reads all rows, two read every other one."""
     run_dir, printed = two
     assert "mesh: data 1 x fsdp 2 x expert 1 on 2 devices, 2 processes" in printed[0]
     assert "finished 6 steps" in printed[0]
     assert [line for line in printed[1].splitlines() if not line.startswith("[Gloo]")] == []
-    [(status, out, err)] = finish([start(preset, tmp_path / "run", devices=2)])
-    assert status == 0, err
-    assert "on 2 devices, 1 process" in out
-    ours, theirs = records_of(run_dir), records_of(tmp_path / "run")
+    assert "on 2 devices, 1 process" in one[1]
+    ours, theirs = records_of(run_dir), records_of(one[0])
     assert [record["step"] for record in ours] == list(range(1, 7))
     for a, b in zip(ours, theirs, strict=True):
         for name in ("loss", "objective", "grad_norm", "n", "k"):
             assert a[name] == pytest.approx(b[name], rel=1e-6), (a["step"], name)
     assert ours[-1]["val_loss_r2"] == pytest.approx(theirs[-1]["val_loss_r2"], rel=1e-6)
-    for a, b in zip(weights_of(run_dir), weights_of(tmp_path / "run"), strict=True):
+    for a, b in zip(weights_of(run_dir), weights_of(one[0]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_one_process_resumes_as_two(preset, two, tmp_path):
-    """Three steps on one device, three more on two processes: the run of two from the start."""
+def test_one_process_resumes_as_two(preset, one, two, tmp_path):
+    """Three steps in one process, three more in two: the run of two from the start."""
     run_dir = tmp_path / "run"
-    [(status, _, err)] = finish([start(preset, run_dir, "--train.steps", "3", "--parallel.fsdp", "1")])
-    assert status == 0, err
+    shutil.copytree(one[0], run_dir)
+    shutil.rmtree(run_dir / "checkpoints/6")  # as if it had been killed after step 3 was saved
     results = finish(start_two(preset, run_dir))
     assert [status for status, _, _ in results] == [0, 0], results
-    assert "resuming" in results[0][1]
+    assert f"resuming {run_dir} from step 3" in results[0][1]
     losses = [[record["loss"] for record in records_of(folder)] for folder in (run_dir, two[0])]
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
@@ -185,8 +193,12 @@ def wait_for(process, beginning: str) -> None:
     raise AssertionError(process.stderr.read())
 
 
+# With full remat the step has one gradient path, so it compiles sooner; these tests are about how a run ends.
+ENDLESS = ("--train.steps", "100000", "--compute.remat", "full")
+
+
 def test_a_signal_to_one_process_stops_both_after_one_step(preset, tmp_path):
-    first, second = start_two(preset, tmp_path / "run", "--train.steps", "100000")
+    first, second = start_two(preset, tmp_path / "run", *ENDLESS)
     wait_for(first, "step 4")
     second.send_signal(signal.SIGTERM)  # the one that writes nothing
     results = finish([first, second])
@@ -196,7 +208,7 @@ def test_a_signal_to_one_process_stops_both_after_one_step(preset, tmp_path):
 
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_other_within_a_minute(preset, tmp_path, killed):
-    processes = start_two(preset, tmp_path / "run", "--train.steps", "100000")
+    processes = start_two(preset, tmp_path / "run", *ENDLESS)
     wait_for(processes[0], "step 4")
     processes[killed].kill()
     begin = time.monotonic()
