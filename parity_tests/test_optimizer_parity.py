@@ -26,7 +26,8 @@ CASES = [
     Case("muon", "float64", placement="core"),
     Case("muon", "float32"),
 ]
-each_case = pytest.mark.parametrize("case", CASES, ids=str)
+# The scope puts the tests of a case together, so that workers of pytest-xdist seldom make the same runs twice.
+each_case = pytest.mark.parametrize("case", CASES, ids=str, scope="module")
 
 
 @each_case
@@ -46,7 +47,7 @@ def test_final_parameters_agree(case):
     check(ours, theirs, LOSS_CURVE[case.dtype], f"parameters after 20 steps of {case.optimizer}, {case.dtype}")
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.dtype == "float64"], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case.dtype == "float64"], ids=str, scope="module")
 def test_the_run_has_learned_clipped_warmed_up_and_met_many_depths(case):
     """So that the curves above compare what they claim to."""
     config = training_config(case)
