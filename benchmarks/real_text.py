@@ -1,4 +1,4 @@
-"""Dense, experts at the injection, experts in the core, fixed depth: trained alike on real text, three seeds each.
+"""Dense, experts at the injection, experts in the core, fixed depth, 8-bit matmuls: trained alike on real text.
 
     python benchmarks/real_text.py --out runs/linux --gpus 2 --together 3 > benchmarks/results/real_text.jsonl
 
@@ -36,6 +36,7 @@ SETTINGS = {
     "injection": ["--moe.experts", "8", "--moe.width", "512", "--model.mlp_width", "1024"],
     "core": ["--moe.experts", "8", "--moe.width", "384", "--moe.placement", "core"],
     # The sampled depths have a mean of one more than recurrence.mean.
+    "fp8": ["--compute.fp8", "true"],
     "fixed": ["--recurrence.scheme", "fixed", "--recurrence.mean", "9"],
 }
 COMPARED = (1, 2, 4, 8, 16, 32)

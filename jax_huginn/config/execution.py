@@ -20,6 +20,9 @@ class ComputeConfig:
     unroll: bool = False
     """Unroll the recurrences with gradient, unless remat is full. Faster, since nothing is copied into stacked buffers,
     but slower to compile."""
+    fp8: bool = False
+    """Experimental: matmuls of the recurrences in 8-bit floats while training (docs/performance.md). Fast on NVIDIA
+    GPUs from Hopper on. Validation, evaluation and generation compute in model.dtype."""
     loss_chunk: int = 2048
     """Tokens whose logits exist at once on a device in training; the (B,S,V) logits never do."""
     deterministic: bool = False

@@ -16,6 +16,7 @@ from jax_huginn.model import initializers
 from jax_huginn.model.cache import KV
 from jax_huginn.model.moe import MoE, Routing
 from jax_huginn.ops.attention import cached_attention, causal_attention
+from jax_huginn.ops.fp8 import matmul
 from jax_huginn.ops.norm import rms_norm
 from jax_huginn.ops.rope import apply_rope, rope_table
 from jax_huginn.ops.swiglu import swiglu
@@ -71,12 +72,12 @@ class Attention(nnx.Module):
             y_BSHK = self.causal(q_BSHK, k_BSHK, v_BSGK)
         else:
             y_BSHK, kv = self.cached(q_BSHK, k_BSGK, v_BSGK, k_bias, at, kv, slot)
-        return checkpoint_name(y_BSHK.reshape(*x_BSD.shape[:2], -1) @ self.w_out[...], "matmul"), kv
+        return checkpoint_name(matmul(y_BSHK.reshape(*x_BSD.shape[:2], -1), self.w_out.get_value()), "matmul"), kv
 
     def project(self, x_BSD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries (B,S,H,K), keys and values (B,S,G,K), before bias and rotation."""
         batch, length, _ = x_BSD.shape
-        fused = checkpoint_name(x_BSD @ self.w_qkv[...], "matmul")
+        fused = checkpoint_name(matmul(x_BSD, self.w_qkv.get_value()), "matmul")
         edges = (self.heads * self.head_dim, (self.heads + self.kv_heads) * self.head_dim)
         q, k, v = (part.reshape(batch, length, -1, self.head_dim) for part in jnp.split(fused, edges, axis=-1))
         return q, k, v
@@ -116,8 +117,8 @@ class GatedMLP(nnx.Module):
         self.w_proj = nnx.Param(initializers.output_projection(config)(rngs.params(), (hidden, width), dtype))
 
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
-        gate_up = checkpoint_name(x_BSD @ self.w_fc[...], "gate_up")
-        return checkpoint_name(swiglu(gate_up) @ self.w_proj[...], "matmul")
+        gate_up = checkpoint_name(matmul(x_BSD, self.w_fc.get_value()), "gate_up")
+        return checkpoint_name(matmul(swiglu(gate_up), self.w_proj.get_value()), "matmul")
 
 
 class SandwichBlock(nnx.Module):

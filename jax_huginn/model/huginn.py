@@ -23,11 +23,12 @@ from jax_huginn.model.blocks import Positions, RMSNorm, SandwichBlock
 from jax_huginn.model.cache import KV, Cache
 from jax_huginn.model.inputs import token_array
 from jax_huginn.model.moe import MoE, Routing
-from jax_huginn.model.parameters import cast_params
+from jax_huginn.model.parameters import cast_params, fp8_copies, with_copies
 from jax_huginn.model.recurrence import Depth, Plan, iterate
 from jax_huginn.model.sharding import gathered
 from jax_huginn.model.statistics import recurrence_statistics
 from jax_huginn.ops.cross_entropy import IGNORE, cross_entropy, most_likely
+from jax_huginn.ops.fp8 import matmul
 from jax_huginn.ops.norm import at_least_float32
 from jax_huginn.ops.rope import rope_table
 from jax_huginn.parallel.mesh import batch_sum
@@ -158,7 +159,8 @@ class MoEHuginnModel(nnx.Module):
         recomputes whole recurrences, whatever `compute.remat` is. Validation passes a static k of 0.
         """
         model = self.cast()
-        hidden = model.hidden(tokens_BS, n, k, initial_state)
+        training = not (isinstance(k, int) and k == 0)
+        hidden = model.hidden(tokens_BS, n, k, initial_state, fp8=training and self.config.compute.fp8)
         loss, log_ppl = model.loss(hidden.y_BSD, labels_BS, hidden.routing, earlier_QE)
         return TrainingLoss(loss, log_ppl, hidden.routing, hidden.recurrence)
 
@@ -166,19 +168,24 @@ class MoEHuginnModel(nnx.Module):
         """A view of the model with parameters in `model.dtype`, see `cast_params`."""
         return functional.with_params(self, cast_params(functional.params_of(self), self.config.model.dtype))
 
-    def hidden(self, tokens_BS: jax.Array, n: Depth, k: Depth, initial_state: jax.Array) -> Hidden:
-        """Everything before the head, without a cache."""
+    def hidden(
+        self, tokens_BS: jax.Array, n: Depth, k: Depth, initial_state: jax.Array, *, fp8: bool = False
+    ) -> Hidden:
+        """Everything before the head, without a cache; with `fp8`, the matmuls of the recurrences in 8-bit floats."""
         at = self.positions(tokens_BS.shape[1])
         model = self._with_whole_core()
         injected_BSD, routing, _ = model.inject(tokens_BS, at)
         state_BSD = jnp.broadcast_to(initial_state, injected_BSD.shape).astype(injected_BSD.dtype)
 
+        inputs = model.recurrent_weights(), injected_BSD
+        copies = fp8_copies(inputs[0]) if fp8 else None
+
         def step(inputs: Any, state_BSD: jax.Array) -> tuple[jax.Array, Routing | None]:
             weights, injected_BSD = inputs
+            weights = weights if copies is None else with_copies(weights, copies)
             state_BSD, routing, _ = model.recur(injected_BSD, state_BSD, at, weights=weights)
             return state_BSD, routing
 
-        inputs = model.recurrent_weights(), injected_BSD
         plan = Plan(self.config.recurrence.backprop_depth, self._checkpoint, self.config.compute.unroll)
         last = iterate(step, inputs, state_BSD, n, k, plan)
         latents_BSD, y_BSD, _ = self.read_out(last.state_BSD, at)
@@ -236,12 +243,12 @@ class MoEHuginnModel(nnx.Module):
             slot: slot of the cache to which this recurrence's keys and values are written and from which they are read.
             weights: the result of `recurrent_weights`, for a caller that differentiates or freezes them separately.
         """
-        state_half_DD, core = weights or self.recurrent_weights()
+        weights = weights or self.recurrent_weights()
         routings, kept = [], []
         with jax.named_scope("adapter"):
-            x_BSD = checkpoint_name(state_BSD @ state_half_DD, "matmul") + injected_BSD
+            x_BSD = checkpoint_name(matmul(state_BSD, weights["adapter"]), "matmul") + injected_BSD
         with jax.named_scope("core"):
-            blocks = functional.with_params(self.core, core)
+            blocks = functional.with_params(self.core, weights["core"])
             for block, kv in zip(blocks, _caches(cache and cache.core, len(blocks)), strict=True):
                 x_BSD, seen, kv = block(x_BSD, at, kv, slot)
                 routings.append(seen)
@@ -251,7 +258,7 @@ class MoEHuginnModel(nnx.Module):
 
     def recurrent_weights(self) -> Any:
         """The weights of `recur`: the adapter's upper half, applied to the state, and the parameters of the core."""
-        return self.adapter[...][: self.config.model.width], functional.params_of(self.core)
+        return {"adapter": self.adapter[...][: self.config.model.width], "core": functional.params_of(self.core)}
 
     def read_out(
         self, state_BSD: jax.Array, at: Positions, cache: Cache | None = None

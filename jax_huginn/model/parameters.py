@@ -4,6 +4,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
+from jax_huginn.ops import fp8
 from jax_huginn.ops.norm import at_least_float32
 
 Group = Literal["vector", "embedding", "router", "matrix", "expert stack"]
@@ -18,15 +19,17 @@ class Parameter(NamedTuple):
     """The optimiser's group: vectors are not decayed, Muon updates matrices and expert stacks."""
     precise: bool = False
     """Cast to at least float32 whatever `model.dtype` is."""
+    fp8: bool = False
+    """Multiplied in 8-bit floats by the recurrences of a training step, if `compute.fp8` is set."""
 
 
 PARAMETERS = {
     "wte": Parameter(("vocabulary", "width"), "embedding"),
-    "adapter": Parameter(("state_and_embedding", "width"), "matrix"),
-    "w_qkv": Parameter(("width", "heads"), "matrix"),
-    "w_out": Parameter(("heads", "width"), "matrix"),
-    "w_fc": Parameter(("width", "hidden"), "matrix"),
-    "w_proj": Parameter(("hidden", "width"), "matrix"),
+    "adapter": Parameter(("state_and_embedding", "width"), "matrix", fp8=True),
+    "w_qkv": Parameter(("width", "heads"), "matrix", fp8=True),
+    "w_out": Parameter(("heads", "width"), "matrix", fp8=True),
+    "w_fc": Parameter(("width", "hidden"), "matrix", fp8=True),
+    "w_proj": Parameter(("hidden", "width"), "matrix", fp8=True),
     "router": Parameter(("width", "choices"), "router", precise=True),
     "w_gate": Parameter(("width", "hidden"), "matrix"),
     "w_up": Parameter(("width", "hidden"), "matrix"),
@@ -64,6 +67,19 @@ def cast_params(params: Any, dtype: jax.typing.DTypeLike) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf.astype(precise if parameter_of(path).precise else dtype), params
     )
+
+
+def fp8_copies(params: Any) -> list[fp8.Copies | None]:
+    """The 8-bit copies of the parameters that have such, in the order of `jax.tree.leaves`."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return [fp8.copies_of(leaf) if parameter_of(path).fp8 else None for path, leaf in leaves]
+
+
+def with_copies(params: Any, copies: list[fp8.Copies | None]) -> Any:
+    """Parameters as `ops.fp8.matmul` takes them, each with its copies."""
+    leaves, structure = jax.tree.flatten(params)
+    pairs = zip(leaves, copies, strict=True)
+    return structure.unflatten([leaf if copy is None else fp8.Fp8Weight(leaf, copy) for leaf, copy in pairs])
 
 
 def names_of(path: Any) -> list[str]:
