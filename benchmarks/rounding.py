@@ -4,9 +4,9 @@
     python benchmarks/rounding.py --config configs/moe_700m.py        # fresh weights of a preset, on random tokens
 
 All start from the same weights and the same s_0. bfloat16 is what training computes in, fp8 what it computes in with
-`compute.fp8`: 8-bit matmuls in the recurrences and bfloat16 in the rest. Distances are relative L2, `kl` is that of the
-predictions from float64's in nats, `agree` the share of tokens whose most likely next token is float64's, and `nats` the
-mean cross-entropy less float64's.
+`compute.fp8`: 8-bit matmuls in the recurrences and bfloat16 in the rest. Distances are relative L2, `kl` is that of
+the predictions from float64's in nats, `agree` the share of tokens whose most likely next token is float64's, and
+`nats` the mean cross-entropy less float64's.
 """
 
 import argparse

@@ -4,8 +4,8 @@
     d_x = (e5m2(d_y / r) @ e4m3(w / c).T) * r * c        r: a scale per token of d_y
     d_w = x.T @ d_y                                      in the type of x
 
-A scale brings the largest value to the largest number of the 8-bit type. None is remembered between steps: all are taken
-from the values at hand, so a checkpoint has nothing to store.
+A scale brings the largest value to the largest number of the 8-bit type. None is remembered between steps: all are
+taken from the values at hand, so a checkpoint has nothing to store.
 
 The letters of shapes are those of `jax_huginn.model`; I and O are the inputs and outputs of a weight.
 """
