@@ -1,21 +1,49 @@
-"""Weak scaling: a step on one device, then on several with as many sequences on each, for every split of the state.
+"""Weak scaling: a step on one device, then on several with as many sequences on each, on several meshes; JSON lines.
 
-    python benchmarks/weak_scaling.py --config configs/moe_3_8b.py --devices 2 --compute.remat dots
+    python benchmarks/weak_scaling.py --config configs/moe_3_8b.py --devices 2 --compute.remat dots --compute.unroll true
+    python benchmarks/weak_scaling.py ... --meshes 1,2,1 --xla xla_gpu_enable_latency_hiding_scheduler=true
 
-Each case is a process of its own. Prints the JSON line of `train_step.py` for it, and last one line with the share of
-one device's tokens/s that each of the several reaches.
+A mesh is data,fsdp,expert. `alone` is the step on the first device while the others rest; `each` the same step on every
+device at once, none exchanging anything: cards differ by some percent, and the slowest sets the pace of a mesh.
+`share_of_alone` and `share_of_each` are a mesh's tokens/s per device over these two. All programs are compiled at once,
+then run one after the other; `gb` is the compiler's account of a device's memory. With --xla every mesh also runs
+as compiled with these options.
 """
 
-import json
-import subprocess
+import os
 import sys
 from argparse import RawDescriptionHelpFormatter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, NamedTuple
 
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import parse
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from benchmarks.common import median_seconds, parse, report
+from jax_huginn.config.checks import require
 from jax_huginn.config.cli import OneLineParser, run_verb
+from jax_huginn.config.overrides import override
+from jax_huginn.config.presets import load_config
+from jax_huginn.config.schema import Config
+from jax_huginn.cost.xla import lower_step
+from jax_huginn.model.flops import peak_flops, training_flops
+from jax_huginn.parallel.mesh import BATCH, make_mesh
+from jax_huginn.training.step import make_state
+
+
+class Case(NamedTuple):
+    """A step to measure."""
+
+    name: str
+    config: Config
+    mesh: Mesh
+    options: dict[str, Any]
+    """Options of XLA."""
 
 
 def main() -> None:
@@ -26,27 +54,86 @@ def main() -> None:
     parser.add_argument("--micro-batches", type=int, default=1)
     parser.add_argument("--depth", default="25,8", metavar="N,K")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--splits", nargs="*", default=["fsdp", "expert", "data"])
+    parser.add_argument("--meshes", nargs="*", metavar="D,F,E", help="data,fsdp,expert (all devices along each)")
+    parser.add_argument("--xla", nargs="*", default=[], metavar="OPTION=VALUE")
     options, overrides = parse(parser)
-    command = [sys.executable, str(Path(__file__).with_name("train_step.py")), "--config", options.config]
-    command += ["--batch", str(options.batch), "--micro-batches", str(options.micro_batches)]
-    command += ["--depths", options.depth, "--repeats", str(options.repeats)]
+    devices, count = jax.devices(), options.devices
+    require(1 < count <= len(devices), f"--devices {count} must lie in [2, {len(devices)}], the devices that are here")
+    depth = [np.full(options.micro_batches, int(part), np.int32) for part in options.depth.split(",")]
 
-    def tokens_per_second(devices: int, *mesh: str) -> float:
-        done = subprocess.run(
-            [*command, "--devices", str(devices), *overrides, *mesh], stdout=subprocess.PIPE, text=True, check=False
+    def case(name: str, sizes: str, places: list[Any], **xla: Any) -> Case:
+        words = [f"--train.batch_size={options.batch * options.micro_batches * len(places)}"]
+        words += [f"--train.micro_batches={options.micro_batches}"]
+        words += [f"--parallel.{axis}={size}" for axis, size in zip(("data", "fsdp", "expert"), sizes.split(","))]
+        config = override(load_config(options.config), [*words, *overrides])
+        return Case(name, config, make_mesh(config, places), xla)
+
+    each = [case("each", "1,1,1", [device]) for device in devices[:count]]
+    meshes = options.meshes or [f"{count},1,1", f"1,{count},1", *[f"1,1,{count}"] * (each[0].config.moe.experts > 0)]
+    given = [dict(pair.split("=", 1) for pair in options.xla)] if options.xla else []
+    cases = [case(sizes, sizes, devices[:count], **xla) for xla in [{}, *given] for sizes in meshes]
+    with ThreadPoolExecutor() as pool:  # XLA compiles without holding Python's lock
+        programs = list(pool.map(compiled, [*each, *cases]))
+
+    tokens = options.batch * options.micro_batches * each[0].config.train.sequence_length  # of a device
+    flops = training_flops(each[0].config, *(float(part[0]) for part in depth))
+    peak = peak_flops(devices[0].device_kind)
+
+    def measure(group: list[Case], programs: list[Any]) -> float:
+        """Seconds of the steps of a group, which run at once."""
+        states = [make_state(case.config, case.mesh) for case in group]
+        batches = [batch_of(case) for case in group]
+        losses: list[Any] = []
+
+        def run() -> list[Any]:
+            found = [program(s, *b, *depth) for program, s, b in zip(programs, states, batches, strict=True)]
+            states[:] = [state for state, _ in found]
+            losses[:] = [metrics.loss for _, metrics in found]
+            return states
+
+        seconds = median_seconds(run, options.repeats)
+        memory = programs[0].memory_analysis()
+        report(
+            benchmark="weak_scaling",
+            config=Path(options.config).stem,
+            settings=overrides,
+            case=group[0].name if len(group) > 1 or group[0].name != "each" else "alone",
+            xla=group[0].options,
+            devices=sum(case.mesh.size for case in group),
+            batch=options.batch,
+            micro_batches=options.micro_batches,
+            n=int(depth[0][0]),
+            k=int(depth[1][0]),
+            seconds=seconds,
+            tokens_per_second_and_device=tokens / seconds,
+            mfu=tokens * flops / seconds / peak if peak else None,
+            gb=(memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 1e9,
+            loss=float(losses[0]),
         )
-        if done.returncode:
-            raise SystemExit(f"train_step.py failed with {' '.join(mesh) or 'one device'}, see above")
-        print(done.stdout, end="", flush=True)
-        return json.loads(done.stdout.splitlines()[-1])["tokens_per_second"]
+        return seconds
 
-    alone = tokens_per_second(1)
-    shares = {}
-    for split in options.splits:
-        mesh = ["--parallel.data", "1", f"--parallel.{split}", str(options.devices)]
-        shares[split] = tokens_per_second(options.devices, *mesh) / options.devices / alone
-    print(json.dumps({"benchmark": "weak_scaling", "devices": options.devices, "share_of_one": shares}))
+    alone = measure(each[:1], programs[:1])
+    together = measure(each, programs[:count])
+    for one, program in zip(cases, programs[count:], strict=True):
+        seconds = measure([one], [program])
+        report(
+            benchmark="weak_scaling_share",
+            mesh=one.name,
+            xla=one.options,
+            share_of_alone=alone / seconds,
+            share_of_each=together / seconds,
+        )
+
+
+def compiled(case: Case) -> Any:
+    return lower_step(case.config, case.mesh).compile(case.options or None)
+
+
+def batch_of(case: Case) -> Any:
+    train, vocabulary = case.config.train, case.config.model.vocab_size
+    rows = np.random.default_rng(0).integers(0, vocabulary, (train.batch_size, train.sequence_length + 1))
+    rows = rows.astype(np.int32)
+    return jax.device_put((rows[:, :-1], rows[:, 1:]), NamedSharding(case.mesh, BATCH))
 
 
 if __name__ == "__main__":

@@ -77,3 +77,13 @@ def summed_gradients(gradients: Any) -> Any:
         return lax.psum(leaf, copies) if copies else leaf
 
     return jax.tree_util.tree_map_with_path(add, gradients) if inside() else gradients
+
+
+@jax.custom_vjp
+def shared(params: Any) -> Any:
+    """The parameters as they are; backwards, `summed_gradients`. Each sum depends on its own gradient alone, so it can
+    travel while the backward pass goes on."""
+    return params
+
+
+shared.defvjp(lambda params: (params, None), lambda _, gradients: (summed_gradients(gradients),))

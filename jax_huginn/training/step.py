@@ -20,7 +20,7 @@ from jax_huginn.model import functional, initializers
 from jax_huginn.model.huginn import MoEHuginnModel, TrainingLoss, abstract_model
 from jax_huginn.model.moe import Routing
 from jax_huginn.model.parameters import cast_params
-from jax_huginn.model.sharding import shardings, specs, summed_gradients
+from jax_huginn.model.sharding import shardings, shared, specs, summed_gradients
 from jax_huginn.ops.cross_entropy import IGNORE
 from jax_huginn.ops.norm import at_least_float32
 from jax_huginn.parallel.mesh import (
@@ -101,7 +101,7 @@ def make_gradient(config: Config) -> Callable[..., tuple[Any, TrainingLoss, jax.
     device.
 
     The parameters are this device's shards in `model.dtype`. The gradients are its shards in `model.param_dtype`,
-    summed over micro-batches and devices. The outputs are stacked over micro-batches and equal on all devices.
+    summed over micro-batches and devices: of a single micro-batch during its backward pass, of several after the last. The outputs are stacked over micro-batches and equal on all devices.
     `finite_U` says which micro-batches have a finite loss and, if there are several, a finite gradient. Every
     micro-batch has its own s_0, drawn from (seed, index, row) for this device's rows. Each micro-batch's log_ppl is
     multiplied by its `weight_U`, unless that is None.
@@ -123,6 +123,8 @@ def make_gradient(config: Config) -> Callable[..., tuple[Any, TrainingLoss, jax.
         key = jax.random.fold_in(state_key, index)
         first_row = device_index() * tokens_BS.shape[0]
         initial_state = initializers.random_state(key, shape, jnp.dtype(config.model.dtype), first_row)
+        if micro_batches == 1:
+            params = shared(params)
         output = nnx.merge(graphdef, params).training_loss(tokens_BS, labels_BS, n, k, initial_state, earlier_QE)
         if weight is not None:
             log_ppl = weight * output.log_ppl
@@ -145,7 +147,7 @@ def make_gradient(config: Config) -> Callable[..., tuple[Any, TrainingLoss, jax.
         params: Any, tokens_UBS, labels_UBS, n_U, k_U, index_U, weight_U=None
     ) -> tuple[Any, TrainingLoss, jax.Array]:
         inputs_U = tokens_UBS, labels_UBS, n_U, k_U, index_U, weight_U
-        if micro_batches == 1:  # no accumulator in memory; the step itself checks the norm
+        if micro_batches == 1:  # no accumulator in memory, summed within `loss`; the step itself checks the norm
             gradients, output = gradient(params, *jax.tree.map(lambda x: x[0], inputs_U), 0.0)
             outputs = jax.tree.map(lambda x: x[None], output)
             finite_U = jnp.isfinite(outputs.loss)
@@ -165,8 +167,8 @@ def make_gradient(config: Config) -> Callable[..., tuple[Any, TrainingLoss, jax.
             routers = 1 if config.moe.placement == "injection" else config.model.core_layers
             none_QE = jnp.zeros((routers, config.moe.experts), at_least_float32(config.model.dtype))
             (gradients, _), (outputs, finite_U) = lax.scan(micro_step, (zeros, none_QE), inputs_U)
-        gradients = jax.tree.map(lambda g: g.astype(config.model.param_dtype), gradients)
-        return summed_gradients(gradients), outputs, finite_U
+            gradients = summed_gradients(gradients)
+        return jax.tree.map(lambda g: g.astype(config.model.param_dtype), gradients), outputs, finite_U
 
     return run
 
