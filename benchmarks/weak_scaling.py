@@ -1,13 +1,13 @@
 """Weak scaling: a step on one device, then on several with as many sequences on each, on several meshes; JSON lines.
 
-    python benchmarks/weak_scaling.py --config configs/moe_3_8b.py --devices 2 --compute.remat dots --compute.unroll true
-    python benchmarks/weak_scaling.py ... --meshes 1,2,1 --xla xla_gpu_enable_latency_hiding_scheduler=true
+    python benchmarks/weak_scaling.py --config configs/moe_3_8b.py --devices 2 \
+        --compute.remat dots --compute.unroll true
+    python benchmarks/weak_scaling.py ... --meshes 1,2,1 --xla xla_gpu_enable_latency_hiding_scheduler=False
 
 A mesh is data,fsdp,expert. `alone` is the step on the first device while the others rest; `each` the same step on every
 device at once, none exchanging anything: cards differ by some percent, and the slowest sets the pace of a mesh.
 `share_of_alone` and `share_of_each` are a mesh's tokens/s per device over these two. All programs are compiled at once,
-then run one after the other; `gb` is the compiler's account of a device's memory. With --xla every mesh also runs
-as compiled with these options.
+then run one after the other; `gb` is the compiler's account of a device's memory.
 """
 
 import os
@@ -32,7 +32,7 @@ from jax_huginn.config.presets import load_config
 from jax_huginn.config.schema import Config
 from jax_huginn.cost.xla import lower_step
 from jax_huginn.model.flops import peak_flops, training_flops
-from jax_huginn.parallel.mesh import BATCH, make_mesh
+from jax_huginn.parallel.mesh import AXES, BATCH, make_mesh
 from jax_huginn.training.step import make_state
 
 
@@ -42,8 +42,6 @@ class Case(NamedTuple):
     name: str
     config: Config
     mesh: Mesh
-    options: dict[str, Any]
-    """Options of XLA."""
 
 
 def main() -> None:
@@ -54,26 +52,27 @@ def main() -> None:
     parser.add_argument("--micro-batches", type=int, default=1)
     parser.add_argument("--depth", default="25,8", metavar="N,K")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--meshes", nargs="*", metavar="D,F,E", help="data,fsdp,expert (all devices along each)")
-    parser.add_argument("--xla", nargs="*", default=[], metavar="OPTION=VALUE")
+    parser.add_argument("--meshes", nargs="*", metavar="D,F,E", help="default: all devices along each axis")
+    parser.add_argument("--xla", nargs="*", default=[], metavar="OPTION=VALUE", help="options of the compiler")
     options, overrides = parse(parser)
     devices, count = jax.devices(), options.devices
     require(1 < count <= len(devices), f"--devices {count} must lie in [2, {len(devices)}], the devices that are here")
     depth = [np.full(options.micro_batches, int(part), np.int32) for part in options.depth.split(",")]
 
-    def case(name: str, sizes: str, places: list[Any], **xla: Any) -> Case:
+    def case(name: str, sizes: str, places: list[Any]) -> Case:
         words = [f"--train.batch_size={options.batch * options.micro_batches * len(places)}"]
         words += [f"--train.micro_batches={options.micro_batches}"]
-        words += [f"--parallel.{axis}={size}" for axis, size in zip(("data", "fsdp", "expert"), sizes.split(","))]
+        words += [f"--parallel.{axis}={size}" for axis, size in zip(AXES, sizes.split(","), strict=True)]
         config = override(load_config(options.config), [*words, *overrides])
-        return Case(name, config, make_mesh(config, places), xla)
+        return Case(name, config, make_mesh(config, places))
 
     each = [case("each", "1,1,1", [device]) for device in devices[:count]]
     meshes = options.meshes or [f"{count},1,1", f"1,{count},1", *[f"1,1,{count}"] * (each[0].config.moe.experts > 0)]
-    given = [dict(pair.split("=", 1) for pair in options.xla)] if options.xla else []
-    cases = [case(sizes, sizes, devices[:count], **xla) for xla in [{}, *given] for sizes in meshes]
+    cases = [case(sizes, sizes, devices[:count]) for sizes in meshes]
+    xla = dict(pair.split("=", 1) for pair in options.xla)
     with ThreadPoolExecutor() as pool:  # XLA compiles without holding Python's lock
-        programs = list(pool.map(compiled, [*each, *cases]))
+        lowered = [lower_step(case.config, case.mesh) for case in [*each, *cases]]
+        programs = list(pool.map(lambda one: one.compile(xla or None), lowered))
 
     tokens = options.batch * options.micro_batches * each[0].config.train.sequence_length  # of a device
     flops = training_flops(each[0].config, *(float(part[0]) for part in depth))
@@ -98,7 +97,7 @@ def main() -> None:
             config=Path(options.config).stem,
             settings=overrides,
             case=group[0].name if len(group) > 1 or group[0].name != "each" else "alone",
-            xla=group[0].options,
+            xla=xla,
             devices=sum(case.mesh.size for case in group),
             batch=options.batch,
             micro_batches=options.micro_batches,
@@ -119,14 +118,10 @@ def main() -> None:
         report(
             benchmark="weak_scaling_share",
             mesh=one.name,
-            xla=one.options,
+            xla=xla,
             share_of_alone=alone / seconds,
             share_of_each=together / seconds,
         )
-
-
-def compiled(case: Case) -> Any:
-    return lower_step(case.config, case.mesh).compile(case.options or None)
 
 
 def batch_of(case: Case) -> Any:

@@ -101,10 +101,11 @@ def make_gradient(config: Config) -> Callable[..., tuple[Any, TrainingLoss, jax.
     device.
 
     The parameters are this device's shards in `model.dtype`. The gradients are its shards in `model.param_dtype`,
-    summed over micro-batches and devices: of a single micro-batch during its backward pass, of several after the last. The outputs are stacked over micro-batches and equal on all devices.
-    `finite_U` says which micro-batches have a finite loss and, if there are several, a finite gradient. Every
-    micro-batch has its own s_0, drawn from (seed, index, row) for this device's rows. Each micro-batch's log_ppl is
-    multiplied by its `weight_U`, unless that is None.
+    summed over micro-batches and devices; those of a single micro-batch over devices in `model.dtype`, during its
+    backward pass. The outputs are stacked over micro-batches and equal on all devices. `finite_U` says which
+    micro-batches have a finite loss and, if there are several, a finite gradient. Every micro-batch has its own s_0,
+    drawn from (seed, index, row) for this device's rows. Each micro-batch's log_ppl is multiplied by its `weight_U`,
+    unless that is None.
 
     The balance loss of a router takes f from all its calls in this step's micro-batches so far, the present one
     included: balance within every few sequences, or within every recurrence, would keep experts from specialising.
