@@ -14,7 +14,7 @@ from jax_huginn.config.checks import ConfigError
 from jax_huginn.config.schema import ParallelConfig
 from jax_huginn.model.initializers import random_state
 from jax_huginn.parallel import processes
-from jax_huginn.parallel.mesh import make_mesh, mesh_sizes, require_fit
+from jax_huginn.parallel.mesh import mesh_sizes, require_fit
 from jax_huginn.parallel.processes import by_launcher
 from tests.support import HANGS
 
@@ -62,11 +62,6 @@ def test_the_rest_is_filled_in(make_config):
         ParallelConfig(fsdp=-1)
     with pytest.raises(ConfigError, match=r"the mesh belongs to the run: give parallel.data a number"):
         ParallelConfig(dispatch="all_to_all")
-
-
-def test_ragged_dispatch_is_refused_on_cpus(make_config):
-    with pytest.raises(ConfigError, match="no ragged_all_to_all on CPUs"):
-        make_mesh(make_config(parallel={"dispatch": "ragged"}), jax.devices()[:1])
 
 
 def test_a_device_draws_its_rows_of_the_initial_state_alone():

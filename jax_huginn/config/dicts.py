@@ -74,7 +74,7 @@ def _is_of(value: Any, hint: Any) -> bool:
 
 
 def name_of_type(hint: Any) -> str:
-    """The type of a field as a message shows it: `int`, `float | None`, `one of 'ring', 'ragged'`."""
+    """The type of a field as a message shows it: `int`, `float | None`, `one of 'ring', 'all_to_all'`."""
     choices = get_args(hint)
     if choices and isinstance(choices[0], str):
         return f"one of {', '.join(map(repr, choices))}"

@@ -47,10 +47,9 @@ class ParallelConfig:
     """Parts into which weights, moments and gradients are split along `model.width`; -1: all remaining devices."""
     expert: int = 1
     """Parts into which the routed experts, and again every other weight, are split; -1: all remaining devices."""
-    dispatch: Literal["ring", "all_to_all", "ragged"] = "ring"
+    dispatch: Literal["ring", "all_to_all"] = "ring"
     """How tokens reach the devices of their experts. ring: every token to every device; dropless. all_to_all: at most
-    `capacity_factor` times an even share to each expert; the rest is dropped. ragged: each token only where needed;
-    dropless, GPUs only."""
+    `capacity_factor` times an even share to each expert; the rest is dropped."""
     capacity_factor: float = 1.25
     """Slots of all_to_all for each expert on each device, relative to an even split of the device's tokens."""
     coordinator: str = ""

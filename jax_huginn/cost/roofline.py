@@ -170,11 +170,8 @@ def _dispatch(config: Config, sizes: Sizes, n: float) -> dict[Kind, float]:
         # The sum over the experts is recomputed only where a block of the core follows it.
         scattered = (forward + again * core_has_moe(config) + backward) * rows + backward * routing
         return {"all_gather": devices * gathered, "reduce_scatter": devices * scattered}
-    if parallel.dispatch == "all_to_all":
-        slots = min(tokens, max(1, math.ceil(tokens * moe.active * parallel.capacity_factor / moe.experts)))
-        rows *= moe.experts * slots / tokens
-    else:
-        rows *= moe.active
+    slots = min(tokens, max(1, math.ceil(tokens * moe.active * parallel.capacity_factor / moe.experts)))
+    rows *= moe.experts * slots / tokens
     return {"all_to_all": 2 * (forward + again + backward) * rows}
 
 

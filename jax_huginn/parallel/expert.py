@@ -36,7 +36,7 @@ def dispatch(
     """Runs every token through its experts, on whichever device they are; `experts_TA` are indices below E."""
     if not inside():
         return Dispatched(grouped_mlp(x_TD, experts_TA, weights_TA, *weights), jnp.zeros((), weights_TA.dtype))
-    run = {"ring": _ring, "all_to_all": _all_to_all, "ragged": _ragged}[config.dispatch]
+    run = {"ring": _ring, "all_to_all": _all_to_all}[config.dispatch]
     y_TD, dropped = run(config, x_TD, experts_TA, weights_TA, weights)
     return Dispatched(y_TD, batch_sum(jnp.asarray(dropped, weights_TA.dtype)))
 
@@ -88,59 +88,3 @@ def _all_to_all(config: ParallelConfig, x_TD, experts_TA, weights_TA, weights: W
     y = lax.all_to_all(back, AXIS, split_axis=0, concat_axis=0).reshape(-1, width)
     y_TAD = y.at[slot_TA].get(mode="fill", fill_value=0)
     return jnp.einsum("tad,ta->td", y_TAD, weights_TA.astype(x_TD.dtype)), jnp.sum(~kept_TA)
-
-
-# ---- ragged: exactly the rows that are needed -----------------------------------------------------------------------
-
-
-class RaggedPlan(NamedTuple):
-    """Arguments of a `ragged_all_to_all`; every array has an entry per device of the expert axis."""
-
-    input_offsets: jax.Array
-    send_sizes: jax.Array
-    output_offsets: jax.Array
-    """Offset of this device's rows on the receiving device."""
-    recv_sizes: jax.Array
-
-
-def _ragged(config: ParallelConfig, x_TD, experts_TA, weights_TA, weights: Weights):
-    """Sends rows, sorted by expert, to the devices of their experts by `lax.ragged_all_to_all`.
-
-    Drops nothing: the buffer has room for the worst case, in which every token of every device has min(A, e) of its
-    experts here.
-    """
-    devices, local = lax.axis_size(AXIS), weights[0].shape[0]
-    experts, (tokens, active) = devices * local, experts_TA.shape
-    order = jnp.argsort(experts_TA.reshape(-1), stable=True)
-    counts_E = jnp.zeros(experts, jnp.int32).at[experts_TA.reshape(-1)].add(1)
-    counts_ZZe = lax.all_gather(counts_E, AXIS).reshape(devices, devices, local)  # from, to, expert
-    plan, returning, received_Ze = ragged_plan(counts_ZZe, lax.axis_index(AXIS))
-
-    room = tokens * devices * min(active, local)
-    buffer = jnp.zeros((room, x_TD.shape[1]), x_TD.dtype)
-    rows = lax.ragged_all_to_all(x_TD[order // active], buffer, *plan, axis_name=AXIS)
-    ends = jnp.cumsum(received_Ze.reshape(-1))  # rows are ordered by sending device, then by expert
-    group = jnp.searchsorted(ends, jnp.arange(room), side="right")
-    own = jnp.where(group < devices * local, group % local, local)
-    ones = jnp.ones((room, 1), weights_TA.dtype)
-    # Capacity is an even share of the Z*T*A rows that there are, not of `room`.
-    y = grouped_mlp(rows, own[:, None], ones, *weights, experts * min(active, local) // active or 1)
-
-    home = jnp.zeros((tokens * active, x_TD.shape[1]), x_TD.dtype)
-    y_sorted = lax.ragged_all_to_all(y, home, *returning, axis_name=AXIS)
-    y_TAD = y_sorted[jnp.argsort(order)].reshape(tokens, active, -1)
-    return jnp.einsum("tad,ta->td", y_TAD, weights_TA.astype(x_TD.dtype)), 0
-
-
-def ragged_plan(counts_ZZe: jax.Array, me: int | jax.Array) -> tuple[RaggedPlan, RaggedPlan, jax.Array]:
-    """The exchanges there and back for device `me`, and the numbers of rows it receives, (Z,e).
-
-    Args:
-        counts_ZZe: [i, j, l], number of rows on device i for expert l of device j.
-    """
-    sizes_ZZ = counts_ZZe.sum(axis=-1)
-    input_offsets_ZZ = jnp.cumsum(sizes_ZZ, axis=1) - sizes_ZZ  # [i, j]: where i's rows for j begin on i
-    output_offsets_ZZ = jnp.cumsum(sizes_ZZ, axis=0) - sizes_ZZ  # [i, j]: where i's rows for j begin on j
-    there = RaggedPlan(input_offsets_ZZ[me], sizes_ZZ[me], output_offsets_ZZ[me], sizes_ZZ[:, me])
-    back = RaggedPlan(output_offsets_ZZ[:, me], sizes_ZZ[:, me], input_offsets_ZZ[:, me], sizes_ZZ[me])
-    return there, back, counts_ZZe[:, me]
