@@ -10,6 +10,7 @@ The name of an array ends in its shape, one letter per axis. These are the lette
     E  routed experts             A  experts per token          M  expert hidden width
     C  slots per expert           L  positions of a cache       R  recurrences
     U  micro-batches              Z  devices of a mesh axis     Q  routers
+    I  inputs of a weight         O  outputs of a weight
 
     s  positions of one chunk     h  query heads per key head   n  assignments of one block
     e  experts of one device      r  recurrences kept apart by a cache

@@ -7,7 +7,7 @@
 A scale brings the largest value to the largest number of the 8-bit type. None is remembered between steps: all are
 taken from the values at hand, so a checkpoint has nothing to store.
 
-The letters of shapes are those of `jax_huginn.model`; I and O are the inputs and outputs of a weight.
+The letters of shapes are those of `jax_huginn.model`.
 """
 
 import dataclasses
