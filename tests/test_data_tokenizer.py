@@ -1,6 +1,8 @@
 """The trained tokenizer is lossless, deterministic and loads with AutoTokenizer; bad ones are named in one line."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +61,11 @@ def test_training_again_gives_the_same_tokenizer(tokenizer: PreTrainedTokenizerF
     assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
     assert tokenizer_digest(again) == tokenizer_digest(tokenizer)
     assert tokenizer_digest(train_tokenizer(CORPUS, 601)) != tokenizer_digest(tokenizer)
+
+
+def test_a_tokenizer_of_ours_is_loaded_without_torch(folder: Path) -> None:
+    line = f"import sys; from jax_huginn.data.tokenizer import load_tokenizer; load_tokenizer({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", line + "; assert 'torch' not in sys.modules"], check=True)
 
 
 def test_saved_folder_loads_with_auto_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 BOS, EOS, PAD = "<|begin_text|>", "<|end_text|>", "<|pad|>"
 CHARACTERS_AT_ONCE = 2**20
+GENERIC = "PreTrainedTokenizerFast"  # the class that stands for nothing but its tokenizer.json
 ALPHABET = 256  # one token for every byte, so that every text can be encoded
 
 
@@ -81,12 +82,10 @@ def load_tokenizer(path_or_name: str, report: Callable[[str], None] = print) -> 
         UnreachableError: the hub, which has it, does not answer.
         DataError: it cannot be loaded, or has no BOS or EOS.
     """
-    from transformers import AutoTokenizer
-
     folder = Path(path_or_name).expanduser()
     folder = folder if folder.exists() else fetch_tokenizer(path_or_name, report)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        tokenizer = _loader(folder).from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # OSError, KeyError, ImportError, ...; tokenizers raises a bare Exception
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"data.tokenizer={path_or_name!r} holds no tokenizer that can be loaded: {reason}") from None
@@ -103,6 +102,22 @@ def load_tokenizer(path_or_name: str, report: Callable[[str], None] = print) -> 
     return tokenizer
 
 
+def _loader(folder: Path) -> Any:
+    """The class that loads the tokenizer of a folder. `AutoTokenizer` imports PyTorch where that is installed, seconds
+    of every start, so a tokenizer that `save_tokenizer` wrote is loaded without it."""
+    try:
+        named = json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"]
+    except (OSError, ValueError, KeyError, TypeError):  # AutoTokenizer looks elsewhere, or says what is wrong
+        named = None
+    if named == GENERIC:
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
+
+
 def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
     """Write a folder that `AutoTokenizer` loads; `tokenizer.json` is written last, so its presence means success."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,7 +126,7 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
         config_path = Path(name, "tokenizer_config.json")
         config = json.loads(config_path.read_text())
         if config.get("tokenizer_class") == "TokenizersBackend":  # unknown to transformers before 5
-            config["tokenizer_class"] = "PreTrainedTokenizerFast"
+            config["tokenizer_class"] = GENERIC
             config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         for path in sorted(Path(name).iterdir(), key=lambda path: path.name == "tokenizer.json"):
             if path.is_dir():
