@@ -4,10 +4,9 @@
         --compute.remat dots --compute.unroll true
     python benchmarks/weak_scaling.py ... --meshes 1,2,1 --xla xla_gpu_enable_latency_hiding_scheduler=False
 
-A mesh is data,fsdp,expert. `alone` is the step on the first device while the others rest; `each` the same step on every
-device at once, none exchanging anything: cards differ by some percent, and the slowest sets the pace of a mesh.
-`share_of_alone` and `share_of_each` are a mesh's tokens/s per device over these two. All programs are compiled at once,
-then run one after the other; `gb` is the compiler's account of a device's memory.
+A mesh is data,fsdp,expert. `alone` is the step on the first device while the others rest, and `share_of_alone` a mesh's
+tokens/s per device over its. Cards differ by some percent, and the slowest sets the pace of a mesh. All programs are
+compiled at once, then run one after the other; `gb` is the compiler's account of a device's memory.
 """
 
 import os
@@ -66,39 +65,29 @@ def main() -> None:
         config = override(load_config(options.config), [*words, *overrides])
         return Case(name, config, make_mesh(config, places))
 
-    each = [case("each", "1,1,1", [device]) for device in devices[:count]]
-    meshes = options.meshes or [f"{count},1,1", f"1,{count},1", *[f"1,1,{count}"] * (each[0].config.moe.experts > 0)]
-    cases = [case(sizes, sizes, devices[:count]) for sizes in meshes]
+    alone = case("alone", "1,1,1", devices[:1])
+    meshes = options.meshes or [f"{count},1,1", f"1,{count},1", *[f"1,1,{count}"] * (alone.config.moe.experts > 0)]
+    cases = [alone, *(case(sizes, sizes, devices[:count]) for sizes in meshes)]
     xla = dict(pair.split("=", 1) for pair in options.xla)
     with ThreadPoolExecutor() as pool:  # XLA compiles without holding Python's lock
-        lowered = [lower_step(case.config, case.mesh) for case in [*each, *cases]]
+        lowered = [lower_step(case.config, case.mesh) for case in cases]
         programs = list(pool.map(lambda one: one.compile(xla or None), lowered))
 
-    tokens = options.batch * options.micro_batches * each[0].config.train.sequence_length  # of a device
-    flops = training_flops(each[0].config, *(float(part[0]) for part in depth))
+    tokens = options.batch * options.micro_batches * alone.config.train.sequence_length  # of a device
+    flops = training_flops(alone.config, *(float(part[0]) for part in depth))
     peak = peak_flops(devices[0].device_kind)
-
-    def measure(group: list[Case], programs: list[Any]) -> float:
-        """Seconds of the steps of a group, which run at once."""
-        states = [make_state(case.config, case.mesh) for case in group]
-        batches = [batch_of(case) for case in group]
-        losses: list[Any] = []
-
-        def run() -> list[Any]:
-            found = [program(s, *b, *depth) for program, s, b in zip(programs, states, batches, strict=True)]
-            states[:] = [state for state, _ in found]
-            losses[:] = [metrics.loss for _, metrics in found]
-            return states
-
-        seconds = median_seconds(run, options.repeats)
-        memory = programs[0].memory_analysis()
+    seconds_alone = 0.0
+    for one, program in zip(cases, programs, strict=True):
+        seconds, loss = run(one, program, depth, options.repeats)
+        seconds_alone = seconds_alone or seconds
+        memory = program.memory_analysis()
         report(
             benchmark="weak_scaling",
             config=Path(options.config).stem,
             settings=overrides,
-            case=group[0].name if len(group) > 1 or group[0].name != "each" else "alone",
+            case=one.name,
             xla=xla,
-            devices=sum(case.mesh.size for case in group),
+            devices=one.mesh.size,
             batch=options.batch,
             micro_batches=options.micro_batches,
             n=int(depth[0][0]),
@@ -106,29 +95,28 @@ def main() -> None:
             seconds=seconds,
             tokens_per_second_and_device=tokens / seconds,
             mfu=tokens * flops / seconds / peak if peak else None,
+            share_of_alone=seconds_alone / seconds,
             gb=(memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 1e9,
-            loss=float(losses[0]),
-        )
-        return seconds
-
-    alone = measure(each[:1], programs[:1])
-    together = measure(each, programs[:count])
-    for one, program in zip(cases, programs[count:], strict=True):
-        seconds = measure([one], [program])
-        report(
-            benchmark="weak_scaling_share",
-            mesh=one.name,
-            xla=xla,
-            share_of_alone=alone / seconds,
-            share_of_each=together / seconds,
+            loss=loss,
         )
 
 
-def batch_of(case: Case) -> Any:
+def run(case: Case, program: Any, depth: list[np.ndarray], repeats: int) -> tuple[float, float]:
+    """Seconds of a case's compiled step, and the last loss."""
     train, vocabulary = case.config.train, case.config.model.vocab_size
     rows = np.random.default_rng(0).integers(0, vocabulary, (train.batch_size, train.sequence_length + 1))
     rows = rows.astype(np.int32)
-    return jax.device_put((rows[:, :-1], rows[:, 1:]), NamedSharding(case.mesh, BATCH))
+    batch = jax.device_put((rows[:, :-1], rows[:, 1:]), NamedSharding(case.mesh, BATCH))
+    state: Any = make_state(case.config, case.mesh)
+    metrics: Any = None
+
+    def step() -> Any:
+        nonlocal state, metrics
+        state, metrics = program(state, *batch, *depth)
+        return state
+
+    seconds = median_seconds(step, repeats)
+    return seconds, float(metrics.loss)
 
 
 if __name__ == "__main__":
