@@ -91,12 +91,12 @@ def run_jax(config: Config, rows: np.ndarray, options: argparse.Namespace) -> di
     import jax
 
     from jax_huginn.model.parameters import cast_params
-    from jax_huginn.training.step import init_params, init_state, make_gradient, make_train_step
+    from jax_huginn.training.step import init_params, init_state, jit_train_step, make_gradient
 
     batch = jax.device_put((rows[:, :-1], rows[:, 1:]))
     if options.optimizer:
         state = jax.jit(lambda: init_state(config))()
-        step = jax.jit(make_train_step(config), donate_argnums=0)
+        step = jit_train_step(config)
         depths = np.array([options.n], np.int32), np.array([options.k], np.int32)
         first_loss = None
 

@@ -30,7 +30,7 @@ from jax_huginn.checkpoints.save import Checkpoints
 from jax_huginn.config.cli import OneLineParser, run_verb
 from jax_huginn.config.overrides import override
 from jax_huginn.config.presets import load_config
-from jax_huginn.training.step import init_state, make_train_step
+from jax_huginn.training.step import init_state, jit_train_step
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
     tokens = np.zeros(shape, np.int32)
     mean, backprop_depth = config.recurrence.mean, config.recurrence.backprop_depth
     depth = [np.full(config.train.micro_batches, r, np.int32) for r in (max(mean - backprop_depth, 0), backprop_depth)]
-    step = jax.jit(make_train_step(config), donate_argnums=0)
+    step = jit_train_step(config)
     state = jax.jit(lambda: init_state(config))()
     position = {"process": [0, 1], "order": {}, "rows": 0, "streams": [[0] * 6] * 8, "skipped": [[0] * 4] * 8}
     data: Any = SimpleNamespace(get_state=lambda: position)  # all that a save asks of it

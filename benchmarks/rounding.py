@@ -1,6 +1,6 @@
 """What rounding does to a model that thinks in depth: states and logits against float64, by recurrences; JSON lines.
 
-    python benchmarks/rounding.py runs/linux/dense_0 --rows 32        # a run on the rows of token_rows.py
+    python benchmarks/rounding.py runs/moe --text README.md           # a run, on the first rows of a text
     python benchmarks/rounding.py --config configs/moe_700m.py        # fresh weights of a preset, on random tokens
 
 All start from the same weights and the same s_0. bfloat16 is what training computes in, fp8 what it computes in with
@@ -28,12 +28,12 @@ from flax import nnx
 from jax import lax
 
 from benchmarks.common import parse, report
-from benchmarks.held_out import held_out_rows
 from jax_huginn.checkpoints.sources import load_checkpoint
 from jax_huginn.config.checks import require
 from jax_huginn.config.cli import OneLineParser, run_verb
 from jax_huginn.config.overrides import override
 from jax_huginn.config.presets import load_config
+from jax_huginn.data.tokenizer import load_tokenizer
 from jax_huginn.model import functional, initializers
 from jax_huginn.model.huginn import MoEHuginnModel
 from jax_huginn.model.parameters import fp8_copies, with_copies
@@ -41,26 +41,33 @@ from jax_huginn.model.parameters import fp8_copies, with_copies
 
 def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, nargs="?", help="a run, whose config names its held-out rows")
+    parser.add_argument("run", type=Path, nargs="?", help="a run, read on --text")
+    parser.add_argument("--text", type=Path, help="a file")
     parser.add_argument("--config", help="a preset, in the place of a run; --section.field changes it")
     parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--length", type=int, default=512, help="tokens of a row")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a row")
     parser.add_argument("--depths", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     options, overrides = parse(parser)
     require((options.run is None) != (options.config is None), "name a run or a --config, one of the two")
+    shape = (options.rows, options.length + 1)
     if options.run:
+        require(options.text is not None, "a run reads a --text")
         model = load_checkpoint(options.run)
-        rows = held_out_rows(model.config.data.validation_path)[0][: options.rows, : options.length + 1]
+        tokens = load_tokenizer(str(options.run / "tokenizer")).encode(options.text.read_text())
+        require(
+            len(tokens) >= np.prod(shape), f"--text {options.text} has only {len(tokens)} tokens: give fewer --rows"
+        )
+        rows = np.asarray(tokens[: np.prod(shape)], np.int32).reshape(shape)
     else:
         model = jax.jit(lambda: MoEHuginnModel(override(load_config(options.config), overrides)))()
-        shape = (options.rows, options.length + 1)
         rows = np.random.default_rng(0).integers(0, model.config.model.vocab_size, shape).astype(np.int32)
     case = {"benchmark": "rounding", "model": str(options.run or options.config), "rows": len(rows)}
     exact = read(model, rows, options.depths, "float64")
     for name, dtype, fp8 in (("bfloat16", "bfloat16", False), ("fp8", "bfloat16", True)):
         found = read(model, rows, options.depths, dtype, fp8)
-        for depth, (state, log_p), (exact_state, exact_log_p) in zip(options.depths, found, exact, strict=True):
-            report(**case, type=name, depth=depth, **compared(state, log_p, exact_state, exact_log_p, rows[:, 1:]))
+        for depth, one, reference in zip(options.depths, found, exact, strict=True):
+            errors = jax.device_get(compared(one, reference, rows[:, 1:]))
+            report(**case, type=name, depth=depth, **{key: float(value) for key, value in errors.items()})
 
 
 def read(model: MoEHuginnModel, rows: np.ndarray, depths: list[int], dtype: Any, fp8: bool = False) -> list[Any]:
@@ -71,8 +78,8 @@ def read(model: MoEHuginnModel, rows: np.ndarray, depths: list[int], dtype: Any,
     state = jnp.asarray(initializers.fixed_state(0, rows.shape[1] - 1, config.model.width), dtype)
     found, before = [], 0
     for depth in depths:
-        state, log_p = jax.device_get(_read(graphdef, fp8, params, rows[:, :-1], state, depth - before))
-        found.append((np.asarray(state, np.float64), np.asarray(log_p, np.float64)))
+        state, log_p = _read(graphdef, fp8, params, rows[:, :-1], state, depth - before)
+        found.append((state, log_p))
         before = depth
     return found
 
@@ -89,17 +96,16 @@ def _read(graphdef: nnx.GraphDef, fp8: bool, params: Any, tokens_BS: jax.Array, 
     return state_BSD, jax.nn.log_softmax(model.head(model.read_out(state_BSD, at)[1]), axis=-1)
 
 
-def compared(state: Any, log_p: Any, exact_state: Any, exact_log_p: Any, labels_BS: np.ndarray) -> dict[str, float]:
-    def nats(log_p: Any) -> float:
-        return -float(np.take_along_axis(log_p, labels_BS[..., None], axis=-1).mean())
-
+@jax.jit
+def compared(found: Any, exact: Any, labels_BS: jax.Array) -> dict[str, jax.Array]:
+    (state, log_p), (exact_state, exact_log_p) = jax.tree.map(lambda x: x.astype(jnp.float64), (found, exact))
     centred, exact_centred = (each - each.mean(axis=-1, keepdims=True) for each in (log_p, exact_log_p))
     return {
-        "state": float(np.linalg.norm(state - exact_state) / np.linalg.norm(exact_state)),
-        "logits": float(np.linalg.norm(centred - exact_centred) / np.linalg.norm(exact_centred)),
-        "kl": float((np.exp(exact_log_p) * (exact_log_p - log_p)).sum(axis=-1).mean()),
-        "agree": float((log_p.argmax(-1) == exact_log_p.argmax(-1)).mean()),
-        "nats": nats(log_p) - nats(exact_log_p),
+        "state": jnp.linalg.norm(state - exact_state) / jnp.linalg.norm(exact_state),
+        "logits": jnp.linalg.norm(centred - exact_centred) / jnp.linalg.norm(exact_centred),
+        "kl": (jnp.exp(exact_log_p) * (exact_log_p - log_p)).sum(axis=-1).mean(),
+        "agree": (log_p.argmax(-1) == exact_log_p.argmax(-1)).mean(),
+        "nats": jnp.take_along_axis(exact_log_p - log_p, labels_BS[..., None], axis=-1).mean(),
     }
 
 

@@ -33,7 +33,7 @@ from jax_huginn.config.overrides import override
 from jax_huginn.config.presets import load_config
 from jax_huginn.model.flops import peak_flops, training_flops
 from jax_huginn.parallel.mesh import BATCH, make_mesh
-from jax_huginn.training.step import make_state, make_train_step
+from jax_huginn.training.step import jit_train_step, make_state
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ def main() -> None:
     config = override(load_config(options.config), [*train, *overrides])
     mesh = make_mesh(config, jax.devices()[: options.devices])
     state = make_state(config, mesh)
-    step = jax.jit(make_train_step(config, mesh), donate_argnums=0)
+    step = jit_train_step(config, mesh)
     length, vocabulary = config.train.sequence_length, config.model.vocab_size
     rows = np.random.default_rng(0).integers(0, vocabulary, (sequences, length + 1)).astype(np.int32)
     batch = jax.device_put((rows[:, :-1], rows[:, 1:]), NamedSharding(mesh, BATCH))

@@ -81,6 +81,15 @@ def test_the_rates_explain_the_profile():
     assert plan_of(preset("moe_3_8b", *SETTINGS)).compute_seconds == pytest.approx(profile, rel=0.04)
 
 
+def test_the_rates_explain_a_step_in_8_bits():
+    """A profile of the 3.8 B step with `compute.fp8`, one H100 80GB (docs/performance.md)."""
+    plan = plan_of(preset("moe_3_8b", *SETTINGS, "--compute.fp8", "true"))
+    profile = {"matmuls": 0.596, "attention": 0.122, "elementwise and optimiser": 0.271}
+    assert plan.compute_seconds == pytest.approx(profile, rel=0.05)
+    assert plan.seconds == pytest.approx(1.006, rel=0.05)
+    assert plan.memory.total / 1e9 == pytest.approx(67.9, rel=0.05)
+
+
 COMPILED = [json.loads(line) for line in (ROOT / "benchmarks/results/compiled_memory.jsonl").read_text().splitlines()]
 
 

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 from jax_huginn.config.schema import Config
 from jax_huginn.cost.devices import Device
 from jax_huginn.cost.memory import OUTER, Sizes, State, along, tokens_at_once
-from jax_huginn.model.flops import core_has_moe, core_parts, forward_flops, outer_parts
+from jax_huginn.model.flops import core_has_moe, core_parts, forward_flops, moe_parts, outer_parts
 from jax_huginn.model.recurrence import SUMMED_AT_ONCE
 from jax_huginn.model.remat import KEPT
 from jax_huginn.parallel.mesh import AXES
 
 MATMUL = 720 / 989.4
+FP8 = 1425 / 989.4  # of 8-bit matmuls
 ATTENTION = 318 / 989.4  # cuDNN's, forward and backward together
 MEMORY = 0.77  # of everything that is no matmul
 COLLECTIVE = 0.8  # of a link's bandwidth; an assumption
@@ -34,14 +35,16 @@ class Work:
 
     matmul: float
     """FLOPs, recomputed ones counted."""
+    fp8: float
+    """FLOPs of 8-bit matmuls, which are none of `matmul`."""
     attention: float
     """FLOPs, likewise."""
     moved: float
-    """Bytes read and written outside of matmuls: norms, RoPE, SwiGLU, sums of gradients, the optimiser."""
+    """Bytes read and written outside of matmuls: norms, RoPE, SwiGLU, sums of gradients, 8-bit scaling, optimiser."""
 
     def seconds(self, device: Device) -> dict[str, float]:
         return {
-            "matmuls": self.matmul / (MATMUL * device.peak),
+            "matmuls": (self.matmul / MATMUL + self.fp8 / FP8) / device.peak,
             "attention": self.attention / (ATTENTION * device.peak),
             "elementwise and optimiser": self.moved / (MEMORY * device.memory_gbs * 1e9),
         }
@@ -65,9 +68,29 @@ def step_work(config: Config, sizes: Sizes, state: State, n: float, k: float) ->
     forward, backward = (n + k) * model.core_layers + outer_blocks, k * model.core_layers + outer_blocks
     passes = forward + backward * (BACKWARD["elementwise"] + (remat != "none"))
     moved = passes * (16 * model.width + 3 * model.mlp_width) * jnp.dtype(model.dtype).itemsize
-    moved = tokens * (moved + LOGIT_BYTES * model.vocab_size)
+    fp8, scaled = _in_8_bits(config, n, k)
+    moved = tokens * (moved + scaled + LOGIT_BYTES * model.vocab_size)
     moved += train.micro_batches * _sums_of_gradients(config, state, k) + _update(config, sizes, state)
-    return Work(tokens * flops["matmul"] + _muon(sizes, state), tokens * flops["attention"], moved)
+    matmul = tokens * (flops["matmul"] - fp8) + _muon(sizes, state)
+    return Work(matmul, tokens * fp8, tokens * flops["attention"], moved)
+
+
+def _in_8_bits(config: Config, n: float, k: float) -> tuple[float, float]:
+    """FLOPs of a token in 8-bit matmuls, and the bytes of scaling their operands and results: what goes in is read
+    twice and written in 8 bits, what comes out is read and written once more. The weights' copies are not counted, nor
+    the gradients of weights, which stay as they are."""
+    if not config.compute.fp8:
+        return 0.0, 0.0
+    moe = moe_parts(config) if core_has_moe(config) else []
+    itemsize, flops, moved = jnp.dtype(config.model.dtype).itemsize, 0.0, 0.0
+    for part in core_parts(config, config.train.sequence_length):
+        if part.name == "attention" or part in moe:
+            continue
+        forward = n + k * (1 + (part.name not in KEPT[config.compute.remat]))
+        inputs, outputs = part.flops / 2 / part.result, part.result
+        flops += (forward + k) * part.flops
+        moved += (forward * inputs + k * outputs) * (2 * itemsize + 1) + (forward * outputs + k * inputs) * 2 * itemsize
+    return flops, moved
 
 
 def _sums_of_gradients(config: Config, state: State, k: float) -> float:
@@ -144,7 +167,7 @@ def step_exchanges(config: Config, sizes: Sizes, state: State, n: float) -> list
         if config.compute.remat != "none" and array.names[0] in OUTER:
             add("weights, backward", "all_gather", over, size)
         add("gradients", "reduce_scatter", over, uses * size)
-    for array in state.weights:
+    for array in state.copies if micro_batches == 1 else state.weights:  # the sum over micro-batches has their type
         copied = tuple(name for name in AXES if name not in array.split)
         add("gradients of copies", "all_reduce", copied, array.part(sizes))
     for kind, size in _dispatch(config, sizes, n).items():

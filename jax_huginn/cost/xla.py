@@ -23,7 +23,7 @@ from jax_huginn.cost.plan import Cluster
 from jax_huginn.model.sharding import shardings
 from jax_huginn.ops.attention import resolve
 from jax_huginn.parallel.mesh import BATCH, REPLICATED, make_mesh
-from jax_huginn.training.step import init_state, make_train_step
+from jax_huginn.training.step import init_state, jit_train_step
 
 PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 
@@ -100,7 +100,7 @@ def lower_step(config: Config, mesh: Mesh, platform: str | None = None) -> Lower
     rows = jax.ShapeDtypeStruct((train.batch_size, train.sequence_length), np.int32)
     tokens = _placed(rows, NamedSharding(mesh, BATCH))
     depths = _placed(jax.ShapeDtypeStruct((train.micro_batches,), np.int32), NamedSharding(mesh, REPLICATED))
-    step = jax.jit(make_train_step(config, mesh), donate_argnums=0)
+    step = jit_train_step(config, mesh)
     traced = step.trace(state, tokens, tokens, depths, depths)
     return traced.lower(lowering_platforms=(platform,) if platform else None)
 

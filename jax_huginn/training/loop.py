@@ -27,7 +27,7 @@ from jax_huginn.reporting.reporter import Reporter
 from jax_huginn.reporting.trace import Trace
 from jax_huginn.training.depth import sample_depths
 from jax_huginn.training.startup import keep_compiled
-from jax_huginn.training.step import TrainState, abstract_state, make_state, make_train_step
+from jax_huginn.training.step import TrainState, abstract_state, jit_train_step, make_state
 from jax_huginn.training.stopping import Deadline, Stop, deadline_of
 from jax_huginn.training.validation import make_validation
 
@@ -79,7 +79,7 @@ def _train(config: Config, deadline: Deadline | None, lock: RunLock) -> None:
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     console.say(f"{parameters / 1e6:.2f} M parameters on {device.device_kind}, run folder {run_dir}")
     console.say(describe_mesh(mesh))
-    train_step = jax.jit(make_train_step(config, mesh), donate_argnums=0)
+    train_step = jit_train_step(config, mesh)
     validate = make_validation(config, data.validation, data.token_bytes, mesh) if data.validation else None
     batches, vote = processes.GlobalBatches(mesh), processes.StopVote(mesh)
     trace = Trace(config.profile, run_dir)

@@ -175,7 +175,7 @@ def make_gradient(config: Config) -> Callable[..., tuple[Any, TrainingLoss, jax.
 
 
 def make_train_step(config: Config, mesh: Mesh | None = None) -> Callable[..., tuple[TrainState, StepMetrics]]:
-    """`step(state, tokens_BS, labels_BS, n_U, k_U) -> state, metrics`; to be jitted with the state donated.
+    """`step(state, tokens_BS, labels_BS, n_U, k_U) -> state, metrics`; `jit_train_step` compiles it.
 
     The batch is that of the whole step. It is cut in order into `train.micro_batches` parts, each with its own depth
     (`sample_depths`). The loss is the mean over all labels of the step that count: where rows mask labels, every
@@ -238,3 +238,10 @@ def make_train_step(config: Config, mesh: Mesh | None = None) -> Callable[..., t
         )
 
     return step
+
+
+def jit_train_step(config: Config, mesh: Mesh | None = None) -> jax.stages.Wrapped:
+    """`make_train_step` under `jax.jit`, the state donated, compiled with the options that the config needs."""
+    # XLA tries Triton's matmuls before it takes cuBLAS's, which are faster in 8 bits; trying them takes minutes.
+    options = {"xla_gpu_enable_triton_gemm": False} if config.compute.fp8 else None
+    return jax.jit(make_train_step(config, mesh), donate_argnums=0, compiler_options=options)
