@@ -1,4 +1,4 @@
-"""Shared by the tests of generation: small models in float64, and programs that compile three times as fast."""
+"""Shared by the tests of generation: small models in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +9,6 @@ from jax_huginn.inference import programs
 from jax_huginn.model import functional
 from jax_huginn.model.huginn import MoEHuginnModel
 from tests.support import random_model, small_config
-
-# Both sides of every comparison within a test have these, or none that matters beyond rounding.
-programs.OPTIONS["cpu"] = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-}
 
 KINDS = {
     "dense": {"moe": {"experts": 0}},
