@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_huginn.inference import programs
 from jax_huginn.model import functional
 from jax_huginn.model.huginn import MoEHuginnModel
 from tests.support import random_model, small_config
@@ -38,7 +37,7 @@ def uncached(model: MoEHuginnModel, text: list[int], recurrence: int) -> np.ndar
     graphdef, params = functional.split(model)
     run = jax.jit(lambda params, tokens: nnx.merge(graphdef, params)(tokens, (recurrence, 0)).logits[0])
     tokens = jnp.asarray([text])
-    program = run.lower(params, tokens).compile(compiler_options=programs.OPTIONS["cpu"])
+    program = run.lower(params, tokens).compile()
     logits = np.array(program(params, tokens), np.float64)
     logits -= logits.max(-1, keepdims=True)
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
