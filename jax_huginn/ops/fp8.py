@@ -43,7 +43,7 @@ class Fp8Weight:
 def copies_of(weight_IO: jax.Array) -> Copies:
     """The 8-bit copies of a weight, without gradient."""
     rows, scale = quantized(lax.stop_gradient(weight_IO), FORWARD, axis=None)
-    # The barrier keeps XLA from quantising twice: it moves one byte an element less to turn the copy around.
+    # Without the barrier XLA quantises twice; turning the 8-bit copy around moves fewer bytes.
     rows = lax.optimization_barrier(rows)
     return Copies(rows, rows.T, scale)
 
