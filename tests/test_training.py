@@ -232,6 +232,6 @@ def test_training_runs_in_process_without_validation(corpus, tmp_path, make_conf
 def test_a_hidden_transfer_in_a_step_is_an_error(corpus, tmp_path, make_config, monkeypatch):
     """The host's values reach the devices before the step: one given to it as it is would make every step wait."""
     monkeypatch.setattr(loop, "replicated", lambda value, mesh: value)
-    monkeypatch.setattr(loop, "make_train_step", lambda config, mesh: lambda state, *inputs: (state, inputs))
+    monkeypatch.setattr(loop, "jit_train_step", lambda *of: jax.jit(lambda state, *inputs: (state, inputs)))
     with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
         train(small_dense(make_config, corpus, tmp_path / "run"))
