@@ -11,6 +11,7 @@ the predictions from float64's in nats, `agree` the share of tokens whose most l
 
 import argparse
 import dataclasses
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -50,14 +51,13 @@ def main() -> None:
     options, overrides = parse(parser)
     require((options.run is None) != (options.config is None), "name a run or a --config, one of the two")
     shape = (options.rows, options.length + 1)
+    count = math.prod(shape)
     if options.run:
         require(options.text is not None, "a run reads a --text")
         model = load_checkpoint(options.run)
         tokens = load_tokenizer(str(options.run / "tokenizer")).encode(options.text.read_text())
-        require(
-            len(tokens) >= np.prod(shape), f"--text {options.text} has only {len(tokens)} tokens: give fewer --rows"
-        )
-        rows = np.asarray(tokens[: np.prod(shape)], np.int32).reshape(shape)
+        require(len(tokens) >= count, f"--text {options.text} has only {len(tokens)} tokens: give fewer --rows")
+        rows = np.asarray(tokens[:count], np.int32).reshape(shape)
     else:
         model = jax.jit(lambda: MoEHuginnModel(override(load_config(options.config), overrides)))()
         rows = np.random.default_rng(0).integers(0, model.config.model.vocab_size, shape).astype(np.int32)
