@@ -159,11 +159,11 @@ def test_two_processes_train_like_one_and_only_the_first_speaks(one, two):
 
 
 def test_one_process_resumes_as_two(preset, one, two, tmp_path):
-    """Three steps in one process, three more in two: the run of two from the start."""
+    """Three steps in one process, three more in two, on another mesh: the run of two from the start."""
     run_dir = tmp_path / "run"
     shutil.copytree(one[0], run_dir)
     shutil.rmtree(run_dir / "checkpoints/6")  # as if it had been killed after step 3 was saved
-    results = finish(start_two(preset, run_dir))
+    results = finish(start_two(preset, run_dir, "--parallel.fsdp", "1", "--parallel.data", "2"))
     assert [status for status, _, _ in results] == [0, 0], results
     assert f"resuming {run_dir} from step 3" in results[0][1]
     losses = [[record["loss"] for record in records_of(folder)] for folder in (run_dir, two[0])]
